@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow check bench docs clean
+
+# One stamp for each set of extras: pip runs once, and again when the project's requirements change.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.demo
+
+# The main job: train a U-Net twice on real digits, with the ledger on; ends with runs/demo/report.html.
+demo: $(VENV)/.demo
+	$(BIN)/lossledger demo
+
+# Everything that guards main, in minutes.
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+# The demo at full size with its effect.
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+# Format, lint, types, then the tests.
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+# Speed, measured beside plain torch in one run; prints a table and writes benchmarks/results.
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/step.py
+
+# The pages are Markdown; their code blocks are executed by the tests.
+docs: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/test_documents.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

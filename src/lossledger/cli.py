@@ -1,0 +1,74 @@
+"""The command line: `lossledger demo`, `lossledger report RUN`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lossledger.errors import LossledgerError
+
+
+class _Commands(click.Group):
+    """Commands whose errors are one line for the user, not a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LossledgerError as error:
+            click.echo(f"lossledger: {error}", err=True)
+            sys.exit(2)
+
+
+@click.group(cls=_Commands, context_settings={"max_content_width": 80})
+@click.version_option(package_name="lossledger")
+def main() -> None:
+    """The training loss, with its books open."""
+
+
+@main.command()
+@click.option("--scenes", default=1536, show_default=True, help="Training scenes; a quarter as many validate.")
+@click.option("--size", default=64, show_default=True, help="Edge of a scene in pixels.")
+@click.option("--epochs", default=20, show_default=True, help="Epochs of each of the two trainings.")
+@click.option("--seed", default=0, show_default=True, help="Of scenes, weights and order.")
+@click.option(
+    "--weighting",
+    type=click.Choice(["class", "pixel"]),
+    default="class",
+    show_default=True,
+    help="Act two: a weight a column, or weights[argmax(y_true)] a pixel.",
+)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Where runs and report go.",
+)
+def demo(scenes: int, size: int, epochs: int, seed: int, weighting: str, folder: Path) -> None:
+    """Train a segmentation U-Net twice on real digits, with the ledger on."""
+    try:
+        from lossledger.demo.run import Settings, run
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error}. The demo needs more: pip install 'lossledger[demo]'.") from None
+    run(Settings(scenes, size, epochs, seed, weighting, folder))
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=None, help="Path of the HTML; in the run if not given."
+)
+@click.option("--text", "as_plain", is_flag=True, help="Print to the terminal instead.")
+def report(run: Path, output: Path | None, as_plain: bool) -> None:
+    """Write the report of RUN, a run folder or a folder of runs."""
+    from lossledger.ledger import Ledger
+    from lossledger.report import as_text, build_view
+    from lossledger.report import report as write
+
+    if as_plain:
+        click.echo(as_text(build_view(Ledger.open(run))))
+    else:
+        click.echo(write(run, output or run / "report.html"))

@@ -1,0 +1,54 @@
+"""The errors of the library, one tree.
+
+```
+LossledgerError
+├── InputError (ValueError)      a value, shape or range that cannot be right
+│   ├── EmptyDataError           nothing to compute a loss from
+│   └── UnknownNameError         a name that nobody declared, with a suggestion
+├── InputTypeError (TypeError)   the wrong kind of object or dtype
+├── NonFiniteError (ArithmeticError)   a NaN or an infinity, with the term and the samples it came from
+└── LedgerError (ValueError)     a run folder or segment that cannot be read
+```
+
+Each message says what was expected, what was received, where (output, term, argument), and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LossledgerError(Exception):
+    """Base of every error that lossledger raises on purpose."""
+
+
+class InputError(LossledgerError, ValueError):
+    """A value, shape or range that cannot be right."""
+
+
+class EmptyDataError(InputError):
+    """There is nothing to compute a loss from."""
+
+
+class InputTypeError(LossledgerError, TypeError):
+    """An object of the wrong kind, or a dtype that a loss cannot take."""
+
+
+class NonFiniteError(LossledgerError, ArithmeticError):
+    """A NaN or an infinity in the loss, with the term and the samples that it came from."""
+
+
+class LedgerError(LossledgerError, ValueError):
+    """A run folder or a ledger segment that cannot be read."""
+
+
+class UnknownNameError(InputError):
+    """A name that nobody declared; the message suggests the nearest one."""
+
+    def __init__(self, what: str, name: object, known: Iterable[object]) -> None:
+        names = sorted(str(k) for k in known)
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+        suggestion = f" Did you mean {near[0]!r}?" if near else ""
+        listed = ", ".join(repr(n) for n in names) or "none"
+        super().__init__(f"Unknown {what}: expected one of {listed}; received {name!r}.{suggestion}")

@@ -1,0 +1,9 @@
+"""The ledger: tallies kept by run, split, epoch, step, term and group, whose contributions add up to the printed loss.
+
+Imports the standard library only; DuckDB is loaded when a run is saved or opened.
+"""
+
+from lossledger.ledger.ledger import Imbalance, Ledger, MetricRow, Row
+from lossledger.ledger.table import Table
+
+__all__ = ["Imbalance", "Ledger", "MetricRow", "Row", "Table"]

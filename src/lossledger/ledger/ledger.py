@@ -1,0 +1,347 @@
+"""The ledger: rows that say what a printed loss is made of, in memory and in a run folder.
+
+It only ever grows. What was saved is never rewritten: each save adds one segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lossledger.errors import InputError, LedgerError, UnknownNameError
+from lossledger.ledger import segments
+from lossledger.ledger.table import Table, exact_sum, roll_up
+
+_SQL_TYPES = {"str": "VARCHAR", "int": "BIGINT", "int | None": "BIGINT", "float": "DOUBLE"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One entry of the ledger: what a term, or one group of it, brought to the loss of a step or an epoch.
+
+    Args:
+        split: "training", "validation" or "test".
+        epoch: from 1; 0 outside `fit`.
+        step: from 1 over the run; None where the row covers the whole epoch.
+        term: name of the term, such as "mask/dice".
+        role: "data", "regularizer" or "auxiliary".
+        form: "linear" (the divisor does not depend on the predictions) or "ratio".
+        kind: "term" for the whole term, otherwise what `group` names: "class", "column", "label", "sample", ….
+        group: the name of the group; "" where `kind` is "term".
+        presence: "present" or "absent" where a binary loss splits a class by its target; otherwise "".
+        total: Σ weight · mask · element.
+        count: how many elements were not masked.
+        weight: Σ weight · mask; for a ratio term what the group brings to the divisor.
+        coefficient: λ, the weight of the term in the loss.
+        divisor: what the total was divided by.
+        contribution: what the row adds to the loss; the rows of one kind add up to it.
+        nonfinite: how many unmasked elements were NaN or infinite.
+    """
+
+    split: str
+    epoch: int
+    step: int | None
+    term: str
+    role: str
+    form: str
+    kind: str
+    group: str
+    presence: str
+    total: float
+    count: int
+    weight: float
+    coefficient: float
+    divisor: float
+    contribution: float
+    nonfinite: int
+
+
+@dataclass(frozen=True, slots=True)
+class MetricRow:
+    """The value of a metric at the end of an epoch; NaN where it is undefined, as the IoU of an absent class.
+
+    Args:
+        split: "training", "validation" or "test".
+        epoch: from 1; 0 outside `fit`.
+        metric: name of the metric.
+        group: name of the class; "" for the overall value.
+        value: the metric's value.
+    """
+
+    split: str
+    epoch: int
+    metric: str
+    group: str
+    value: float
+
+
+ROW_COLUMNS = {item.name: _SQL_TYPES[str(item.type)] for item in fields(Row)}
+METRIC_COLUMNS = {item.name: _SQL_TYPES[str(item.type)] for item in fields(MetricRow)}
+
+
+class Imbalance(NamedTuple):
+    """Groups of one kind whose contributions do not add up to their term's; `difference` is groups minus term."""
+
+    split: str
+    epoch: int
+    step: int | None
+    term: str
+    kind: str
+    difference: float
+
+
+@dataclass
+class _Book:
+    """The entries of one run."""
+
+    run: str
+    info: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    metrics: list[MetricRow] = field(default_factory=list)
+
+
+class Ledger:
+    """The entries of a run, append-only; opened from a folder of runs, those of several.
+
+    Args:
+        run: name of the run.
+        info: provenance, such as recipe, seed, versions, class_names; values that JSON can hold.
+
+    >>> ledger = Ledger("demo")
+    >>> names = dict(term="mse", role="data", form="linear", kind="term", group="", presence="")
+    >>> sums = dict(total=2.0, count=4, weight=4.0, coefficient=1.0, divisor=4.0, contribution=0.5, nonfinite=0)
+    >>> ledger.append([Row("training", epoch=1, step=None, **names, **sums)])
+    >>> ledger.loss("training", 1)
+    0.5
+    """
+
+    def __init__(self, run: str = "run", info: Mapping[str, Any] | None = None) -> None:
+        self._books = [_Book(run, dict(info or {}))]
+        self._path: Path | None = None
+        self._written: dict[Path, tuple[int, int]] = {}
+
+    @property
+    def run(self) -> str:
+        """Name of the run; of the first, where there are several."""
+        return self._books[0].run
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Names of the runs."""
+        return tuple(book.run for book in self._books)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Every row, in the order of posting, run after run."""
+        return tuple(row for book in self._books for row in book.rows)
+
+    @property
+    def metrics(self) -> tuple[MetricRow, ...]:
+        """Every metric, in the order of posting, run after run."""
+        return tuple(metric for book in self._books for metric in book.metrics)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Provenance of the run; of several runs, a copy of each by name."""
+        if len(self._books) == 1:
+            return self._books[0].info
+        return {book.run: dict(book.info) for book in self._books}
+
+    @property
+    def path(self) -> Path | None:
+        """The folder that the ledger was opened from or saved to last; None before."""
+        return self._path
+
+    def __len__(self) -> int:
+        return sum(len(book.rows) for book in self._books)
+
+    def __repr__(self) -> str:
+        runs = ", ".join(repr(run) for run in self.runs)
+        return f"<Ledger of {runs}: {len(self)} rows>"
+
+    def append(self, rows: Iterable[Row], metrics: Iterable[MetricRow] = ()) -> None:
+        """Add rows and metrics; nothing that is there changes.
+
+        Raises:
+            InputError: the ledger holds several runs.
+
+        >>> ledger = Ledger()
+        >>> ledger.append([], [MetricRow("validation", 1, "iou", "road", 0.9)])
+        >>> ledger.metrics[0].value
+        0.9
+        """
+        book = self._only_book("append to")
+        book.rows.extend(rows)
+        book.metrics.extend(metrics)
+
+    def select(self, run: str) -> Ledger:
+        """A ledger of one run, sharing its entries.
+
+        Raises:
+            UnknownNameError: no run of this name.
+        """
+        for book in self._books:
+            if book.run == run:
+                ledger = Ledger(run)
+                ledger._books = [book]
+                return ledger
+        raise UnknownNameError("run", run, self.runs)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Ledger:
+        """Read a run folder, or every run folder inside a folder; runs are then named after their folders.
+
+        Raises:
+            LedgerError: not a run folder, a damaged or foreign file in it, or one of a newer version.
+        """
+        folder = _absolute(path)
+        if (folder / segments.RUN_FILE).exists():
+            books = [_read_book(folder)]
+        elif folder.is_dir():
+            inside = sorted(sub for sub in folder.iterdir() if (sub / segments.RUN_FILE).exists())
+            books = [_read_book(sub, run=sub.name) for sub in inside]
+        else:
+            raise LedgerError(f"There is no folder {folder}. Give the run_dir of a run that was saved.")
+        if not books:
+            raise LedgerError(
+                f"{folder} is no run folder: it has no {segments.RUN_FILE}, nor does any folder in it. "
+                "Give the run_dir of a run that was saved."
+            )
+        ledger = cls()
+        ledger._books = books
+        ledger._path = folder
+        ledger._written = {folder: (len(books[0].rows), len(books[0].metrics))}
+        return ledger
+
+    def save(self, path: str | Path) -> Path:
+        """Write what this folder lacks of the ledger as new segments, and return the folder.
+
+        Raises:
+            InputError: the ledger holds several runs.
+            LedgerError: the folder cannot be written to, or belongs to a newer version.
+        """
+        book = self._only_book("save")
+        folder = _absolute(path)
+        segments.write_run_file(folder, book.run, book.info)
+        rows, metrics = self._written.get(folder, (0, 0))
+        if new_rows := [_fields(row, ROW_COLUMNS) for row in book.rows[rows:]]:
+            segments.write_segment(folder / "ledger", ROW_COLUMNS, new_rows)
+        rows += len(new_rows)
+        # Noted at once, so that a failure below does not write these rows a second time.
+        self._written[folder] = (rows, metrics)
+        if new_metrics := [_fields(metric, METRIC_COLUMNS) for metric in book.metrics[metrics:]]:
+            segments.write_segment(folder / "metrics", METRIC_COLUMNS, new_metrics)
+        self._written[folder] = (rows, metrics + len(new_metrics))
+        self._path = folder
+        return folder
+
+    def flush(self) -> Path:
+        """Write what the ledger's folder lacks; see `save`.
+
+        Raises:
+            InputError: the ledger has no folder yet.
+        """
+        if self._path is None:
+            raise InputError("The ledger has no folder to flush to: call save(path) first.")
+        return self.save(self._path)
+
+    def table(self, by: Sequence[str] = ("epoch", "term"), **where: Any) -> Table:
+        """Add up rows by dimensions.
+
+        Args:
+            by: dimensions: run, split, epoch, step, term, role, presence, and one group kind (class, column, label,
+                sample, …), which takes the rows of that kind instead of those of whole terms. Rows of steps are used
+                where "step" is named, otherwise rows of epochs.
+            where: the value, or a list of the values, that a dimension may have; `class_` stands for class.
+
+        Returns:
+            a Table with the dimensions, then total, count and weight (sums), mean (total / count, for ratio terms
+            total / weight; None where nothing was counted or terms are mixed), contribution (sum) and share of the
+            whole loss of the same run, split, epoch and step.
+
+        Raises:
+            UnknownNameError: a dimension that the ledger does not have.
+            InputError: two group kinds at once.
+
+        >>> len(Ledger().table(by=["epoch", "class"], split="training"))
+        0
+        """
+        names = [by] if isinstance(by, str) else list(by)
+        selected = {name.removesuffix("_"): value for name, value in where.items()}
+        return roll_up(self._entries(), names, selected)
+
+    def loss(self, split: str = "training", epoch: int | None = None) -> float:
+        """The loss of an epoch, the last where none is given: the left-to-right sum of its terms.
+
+        Raises:
+            InputError: the ledger holds several runs, or nothing for this split and epoch.
+        """
+        rows = self._only_book("take the loss of").rows
+        whole = [row for row in rows if row.kind == "term" and row.step is None and row.split == split]
+        epochs = sorted({row.epoch for row in whole})
+        wanted = epochs[-1] if epoch is None and epochs else epoch
+        if wanted not in epochs:
+            known = ", ".join(map(str, epochs)) or "none"
+            raise InputError(f"The ledger has no {split!r} loss for epoch {epoch}; its epochs of this split: {known}.")
+        # Not sum(): from Python 3.12 it compensates, and would differ from the loss that was optimized.
+        loss = 0.0
+        for row in whole:
+            if row.epoch == wanted:
+                loss += row.contribution
+        return loss
+
+    def balance(self, tolerance: float = 1e-6) -> list[Imbalance]:
+        """Where the books do not balance: groups whose contributions do not add up to their term's.
+
+        Args:
+            tolerance: largest difference that is rounding, relative to the sum of the magnitudes.
+
+        Returns:
+            one entry for each split, epoch, step, term and kind that is out of balance; none if the books balance.
+        """
+        return [entry for book in self._books for entry in _imbalances(book.rows, tolerance)]
+
+    def _entries(self) -> Iterator[tuple[str, Row]]:
+        return ((book.run, row) for book in self._books for row in book.rows)
+
+    def _only_book(self, action: str) -> _Book:
+        if len(self._books) > 1:
+            names = ", ".join(repr(run) for run in self.runs)
+            raise InputError(f"Cannot {action} a ledger of several runs ({names}): select(run) one of them.")
+        return self._books[0]
+
+
+def _imbalances(rows: list[Row], tolerance: float) -> Iterator[Imbalance]:
+    terms: dict[tuple[Any, ...], list[float]] = {}
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        key = (row.split, row.epoch, row.step, row.term)
+        if row.kind == "term":
+            terms.setdefault(key, []).append(row.contribution)
+        else:
+            groups.setdefault((*key, row.kind), []).append(row.contribution)
+    for (split, epoch, step, term, kind), parts in groups.items():
+        whole = terms.get((split, epoch, step, term), [])
+        difference = exact_sum(parts) - exact_sum(whole)
+        magnitude = exact_sum(map(abs, (*parts, *whole)))
+        finite_whole = exact_sum(whole) - exact_sum(whole) == 0
+        balanced = abs(difference) <= tolerance * magnitude if finite_whole else difference != difference
+        if not balanced:
+            yield Imbalance(split, epoch, step, term, kind, difference)
+
+
+def _read_book(folder: Path, run: str | None = None) -> _Book:
+    content = segments.read_run_file(folder)
+    rows = segments.read_segments(folder / "ledger", ROW_COLUMNS, optional=frozenset({"step"}))
+    metrics = segments.read_segments(folder / "metrics", METRIC_COLUMNS)
+    return _Book(run or content["run"], content["info"], [Row(*r) for r in rows], [MetricRow(*m) for m in metrics])
+
+
+def _fields(record: Row | MetricRow, columns: Mapping[str, str]) -> tuple[Any, ...]:
+    return tuple(getattr(record, name) for name in columns)
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(path).expanduser().absolute()

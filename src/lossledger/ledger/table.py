@@ -1,0 +1,309 @@
+"""Roll-ups of ledger rows, and the table that holds one.
+
+A roll-up is exact: it adds totals, counts and contributions, and divides once.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from lossledger.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pandas
+
+    from lossledger.ledger.ledger import Row
+
+SCOPE = ("run", "split", "epoch", "step")
+ROW_DIMENSIONS = (*SCOPE, "term", "role", "presence")
+GROUP_KINDS = ("class", "column", "label", "sample")
+MEASURES = ("total", "count", "weight", "mean", "contribution", "share")
+DASH = "–"
+SHORTEST_NAME = 10
+
+_FIXED_ORDER = {
+    "split": {"training": 0, "validation": 1, "test": 2},
+    "presence": {"present": 0, "absent": 1},
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A roll-up of the ledger: one dict a row, keyed by the names in `columns`.
+
+    >>> table = Table(("term", "count", "mean"), [{"term": "mse", "count": 4, "mean": 0.25}])
+    >>> print(table)
+    term  count    mean
+    mse       4  0.2500
+    """
+
+    columns: tuple[str, ...]
+    rows: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        return aligned(self.columns, self._cells(), self._numeric())
+
+    def _repr_html_(self) -> str:
+        numeric = self._numeric()
+        style = ["right" if right else "left" for right in numeric]
+        head = "".join(f'<th style="text-align:{s}">{escape(c)}</th>' for s, c in zip(style, self.columns, strict=True))
+        body = "".join(
+            "<tr>"
+            + "".join(f'<td style="text-align:{s}">{escape(c)}</td>' for s, c in zip(style, row, strict=True))
+            + "</tr>"
+            for row in self._cells()
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The same table as a pandas DataFrame; pandas must be installed.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        return pandas.DataFrame(self.rows, columns=list(self.columns))
+
+    def _cells(self) -> list[list[str]]:
+        return [[_cell(column, row[column]) for column in self.columns] for row in self.rows]
+
+    def _numeric(self) -> list[bool]:
+        return [c in MEASURES or c in ("epoch", "step") for c in self.columns]
+
+
+def significant(value: float | None, digits: int = 4) -> str:
+    """A number with `digits` significant digits, and more where fewer would make it look like 0 or 1.
+
+    Args:
+        value: any float; None and NaN have no value and become a dash.
+        digits: significant digits, at least 1.
+
+    Values within 1e-12 of 1 are 1: the difference is rounding noise.
+
+    >>> significant(0.03125), significant(0.99996), significant(4.2e-7), significant(None)
+    ('0.03125', '0.99996', '4.200e-7', '–')
+    """
+    if value is None or math.isnan(value):
+        return DASH
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    if abs(abs(value) - 1) <= 1e-12:
+        return "1" if value > 0 else "-1"
+    text = _rounded(value, digits)
+    while abs(float(text.replace(",", ""))) == 1:
+        digits += 1
+        text = _rounded(value, digits)
+    return text
+
+
+def _rounded(value: float, digits: int) -> str:
+    magnitude = abs(value)
+    if magnitude >= 1e15 or magnitude < 1e-4:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(magnitude)))
+    return f"{value:,.{decimals}f}"
+
+
+def roll_up(entries: Iterable[tuple[str, Row]], by: Sequence[str], where: Mapping[str, Any]) -> Table:
+    """Add up the rows that `where` selects, by the dimensions `by`; see `Ledger.table`.
+
+    Args:
+        entries: pairs of run name and row.
+        by: dimensions, in the order of the table's columns.
+        where: accepted value, or collection of values, by dimension.
+
+    Raises:
+        UnknownNameError: a dimension that the ledger does not have.
+        InputError: two group kinds at once, or a dimension twice.
+    """
+    pairs = list(entries)
+    kind = _group_kind(pairs, by, where)
+    with_step = "step" in by or "step" in where
+    accepted = {name: _accepted(value) for name, value in where.items()}
+    accepted_scope = {name: values for name, values in accepted.items() if name in SCOPE}
+    scope = [name for name in by if name in SCOPE]
+    cells: dict[tuple[Any, ...], _Cell] = {}
+    wholes: dict[tuple[Any, ...], list[float]] = {}
+    for run, row in pairs:
+        if (row.step is not None) != with_step:
+            continue
+        if row.kind == "term" and _matches(run, row, kind, accepted_scope):
+            key = tuple(_value(run, row, name, kind) for name in scope)
+            wholes.setdefault(key, []).append(row.contribution)
+        if row.kind == kind and _matches(run, row, kind, accepted):
+            key = tuple(_value(run, row, name, kind) for name in by)
+            cells.setdefault(key, _Cell()).add(row)
+    rows = []
+    for key in _ordered(cells, by):
+        dimensions = dict(zip(by, key, strict=True))
+        whole = exact_sum(wholes.get(tuple(dimensions[name] for name in scope), []))
+        rows.append({**dimensions, **cells[key].measures(whole)})
+    return Table((*by, *MEASURES), rows)
+
+
+@dataclass
+class _Cell:
+    """The rows that fall into one line of a table."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def measures(self, whole: float) -> dict[str, Any]:
+        total = exact_sum(row.total for row in self.rows)
+        weight = exact_sum(row.weight for row in self.rows)
+        count = sum(row.count for row in self.rows)
+        contribution = exact_sum(row.contribution for row in self.rows)
+        # Totals of two terms are in different units: their quotient would be the mean of nothing.
+        terms = {(row.term, row.form) for row in self.rows}
+        divisor = weight if {form for _, form in terms} == {"ratio"} else count
+        mean = total / divisor if len(terms) == 1 and divisor else None
+        share = contribution / whole if whole else None
+        values = (total, count, weight, mean, contribution, share)
+        return dict(zip(MEASURES, values, strict=True))
+
+
+def exact_sum(values: Iterable[float]) -> float:
+    """The correctly rounded sum, whatever the order; follows IEEE rules where a value is not finite.
+
+    >>> exact_sum([1e16, 1.0, -1e16])
+    1.0
+    """
+    listed = list(values)
+    try:
+        return math.fsum(listed)
+    except (ValueError, OverflowError):
+        return sum(listed)
+
+
+def _group_kind(pairs: list[tuple[str, Row]], by: Sequence[str], where: Mapping[str, Any]) -> str:
+    kinds = dict.fromkeys((*GROUP_KINDS, *(row.kind for _, row in pairs if row.kind != "term")))
+    for name in (*by, *where):
+        if name not in ROW_DIMENSIONS and name not in kinds:
+            raise UnknownNameError("dimension of the ledger", name, (*ROW_DIMENSIONS, *kinds))
+    if len(set(by)) < len(by):
+        raise InputError(f"A table has each dimension once; received by={list(by)!r}.")
+    wanted = dict.fromkeys(name for name in (*by, *where) if name in kinds)
+    if not wanted and ("presence" in by or "presence" in where):
+        wanted = dict.fromkeys(row.kind for _, row in pairs if row.presence)
+    if len(wanted) > 1:
+        names = ", ".join(wanted)
+        raise InputError(f"Rows are grouped by one kind at a time; received {names}. Name one of them in `by`.")
+    return next(iter(wanted), "term")
+
+
+def _accepted(value: Any) -> frozenset[Any]:
+    return frozenset(value) if isinstance(value, list | tuple | set | frozenset | range) else frozenset((value,))
+
+
+def _matches(run: str, row: Row, kind: str, accepted: Mapping[str, frozenset[Any]]) -> bool:
+    return all(_value(run, row, name, kind) in values for name, values in accepted.items())
+
+
+def _value(run: str, row: Row, name: str, kind: str) -> Any:
+    if name == "run":
+        return run
+    return row.group if name == kind != "term" else getattr(row, name)
+
+
+def _ordered(keys: Iterable[tuple[Any, ...]], by: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Epochs and steps by number, splits and presence in their usual order, the rest as first met."""
+    listed = list(keys)
+    ranks: list[dict[Any, Any]] = []
+    for position, name in enumerate(by):
+        met = dict.fromkeys(key[position] for key in listed)
+        if name in ("epoch", "step"):
+            ranks.append({value: -1 if value is None else value for value in met})
+        else:
+            fixed = _FIXED_ORDER.get(name, {})
+            ranks.append({value: fixed.get(value, len(fixed) + order) for order, value in enumerate(met)})
+    return sorted(listed, key=lambda key: tuple(rank[value] for rank, value in zip(ranks, key, strict=True)))
+
+
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool], width: int = 80) -> str:
+    """Lay out cells as text in columns, numbers to the right; long names are shortened to stay within `width`.
+
+    Args:
+        columns: the headings.
+        rows: cells, already text, one a column.
+        numeric: whether a column holds numbers, which are never shortened.
+        width: characters a line, kept where shortening names can keep it.
+
+    >>> print(aligned(("class", "IoU"), [("road", "0.9"), ("sign", "0.06")], (False, True)))
+    class   IoU
+    road    0.9
+    sign   0.06
+    """
+    lines = [[clean(cell) for cell in line] for line in (columns, *rows)]
+    widths = [max(cell_width(line[i]) for line in lines) for i in range(len(columns))]
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        longest = max((i for i, n in enumerate(numeric) if not n), key=lambda i: widths[i], default=None)
+        if longest is None or widths[longest] <= SHORTEST_NAME:
+            break
+        widths[longest] -= 1
+    laid = []
+    for line in lines:
+        cells = [_pad(cell, size, right) for cell, size, right in zip(line, widths, numeric, strict=True)]
+        laid.append("  ".join(cells).rstrip())
+    return "\n".join(laid)
+
+
+def clean(text: str) -> str:
+    """The text without control characters, which could move the cursor or hide what follows."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def cell_width(text: str) -> int:
+    """How many columns of a terminal the text takes."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
+
+
+def shortened(text: str, width: int) -> str:
+    """The text, cut in the middle where it is wider than `width`, so that names keep both ends.
+
+    >>> shortened("binary_crossentropy", 12)
+    'binary…tropy'
+    """
+    if cell_width(text) <= width:
+        return text
+    head, tail = text, ""
+    for size in range(len(text), 0, -1):
+        head, tail = text[: (size + 1) // 2], text[len(text) - size // 2 :]
+        if cell_width(head) + 1 + cell_width(tail) <= width:
+            break
+    return f"{head}…{tail}"
+
+
+def _pad(text: str, width: int, right: bool) -> str:
+    short = text if right else shortened(text, width)
+    space = " " * max(0, width - cell_width(short))
+    return space + short if right else short + space
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return DASH
+    if column in ("epoch", "step"):
+        return str(value)
+    if isinstance(value, bool | str):
+        return str(value)
+    return significant(value)

@@ -1,0 +1,58 @@
+"""Losses with the names, arguments and defaults of keras.losses, and the functions of the same names."""
+
+from lossledger.losses.classification import (
+    BinaryCrossentropy,
+    BinaryFocalCrossentropy,
+    CategoricalCrossentropy,
+    CategoricalFocalCrossentropy,
+    SparseCategoricalCrossentropy,
+    binary_crossentropy,
+    binary_focal_crossentropy,
+    categorical_crossentropy,
+    categorical_focal_crossentropy,
+    sparse_categorical_crossentropy,
+)
+from lossledger.losses.custom import FunctionLoss, TorchLoss
+from lossledger.losses.loss import Expression, Loss
+from lossledger.losses.overlap import Dice, Jaccard, Tversky, dice, jaccard, tversky
+from lossledger.losses.registry import deserialize, get, serialize
+from lossledger.losses.regression import (
+    Huber,
+    MeanAbsoluteError,
+    MeanSquaredError,
+    huber,
+    mean_absolute_error,
+    mean_squared_error,
+)
+
+__all__ = [
+    "BinaryCrossentropy",
+    "BinaryFocalCrossentropy",
+    "CategoricalCrossentropy",
+    "CategoricalFocalCrossentropy",
+    "Dice",
+    "Expression",
+    "FunctionLoss",
+    "Huber",
+    "Jaccard",
+    "Loss",
+    "MeanAbsoluteError",
+    "MeanSquaredError",
+    "SparseCategoricalCrossentropy",
+    "TorchLoss",
+    "Tversky",
+    "binary_crossentropy",
+    "binary_focal_crossentropy",
+    "categorical_crossentropy",
+    "categorical_focal_crossentropy",
+    "deserialize",
+    "dice",
+    "get",
+    "huber",
+    "jaccard",
+    "mean_absolute_error",
+    "mean_squared_error",
+    "serialize",
+    "sparse_categorical_crossentropy",
+    "tversky",
+]

@@ -1,0 +1,513 @@
+"""Cross-entropies: independent columns (binary), exclusive classes (categorical, sparse), and their focal forms.
+
+Notation: `z` logits, `p` probabilities, `q = clip(p, ε, 1 − ε)` with ε = 1e-7, `y` targets, `K` classes.
+Formulas and defaults are those of keras.losses 3.15; each docstring says where ours differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lossledger.errors import InputError
+from lossledger.losses.elementwise import ElementLoss
+from lossledger.losses.loss import Aligned, Late
+from lossledger.losses.prediction import Prediction, Space
+from lossledger.reduction import Reduction
+from lossledger.weighting import (
+    ClassWeight,
+    Weighting,
+    as_mask,
+    check_labels,
+    check_probabilities,
+    check_targets,
+    class_vector,
+    expand,
+    outside_probabilities,
+    shape_of,
+    split_shape,
+)
+
+EPSILON = 1e-7
+
+
+class _CrossEntropy(ElementLoss):
+    """Arguments and checks that all cross-entropies share."""
+
+    def __init__(
+        self,
+        from_logits: bool,
+        label_smoothing: float,
+        axis: int,
+        name: str | None,
+        reduction: str | Reduction | None,
+        dtype: str | torch.dtype | None,
+    ) -> None:
+        super().__init__(name, reduction, dtype)
+        if not isinstance(from_logits, bool):
+            raise InputError(f"{self.name}: from_logits must be True or False, received {from_logits!r}.")
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"{self.name}: label_smoothing must be in [0, 1), received {label_smoothing!r}.")
+        self.from_logits = from_logits
+        self.label_smoothing = label_smoothing
+        self.axis = axis
+
+    @property
+    def space(self) -> Space:  # type: ignore[override]
+        """How the loss reads the output."""
+        return "logits" if self.from_logits else "probabilities"
+
+    def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
+        if not self.from_logits:
+            check_probabilities(y_pred, where)
+        check_targets(y_true, where)
+
+    def _flagged(self, elements: Tensor, prediction: Prediction) -> Tensor:
+        """NaN where the output is no probability: the step cannot read values, but it counts non-finite elements."""
+        return torch.where(outside_probabilities(prediction.raw.detach()), torch.nan, elements)
+
+
+class BinaryCrossentropy(_CrossEntropy):
+    """Cross-entropy of independent columns, each with a target between 0 and 1.
+
+    Element `−(y log q + (1 − y) log(1 − q))`, from logits `max(z, 0) − z·y + log(1 + exp(−|z|))`; the loss of an entry
+    is the mean over the class axis.
+
+    Args:
+        from_logits: `True` when the output is logits, `False` when it has gone through a sigmoid.
+        label_smoothing: `s` in [0, 1): targets become `y(1 − s) + s/2`.
+        axis: class axis of the output; all but the batch axis are possible.
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Shapes: targets and output `[B, d…, C]`; `(N,)` is read as `(N, 1)`. `by="class"` gives each column twice: where
+    its target is present (y > ½ before smoothing) and where it is absent. `class_weight` is per column; with a
+    single column it is by label, 0 or 1.
+
+    Divides by: unmasked entries × C.
+
+    Raises:
+        InputError: shapes that differ, probabilities or targets outside [0, 1].
+
+    Example:
+        >>> import lossledger as ll
+        >>> round(float(ll.losses.BinaryCrossentropy()([[0.0, 1.0]], [[0.4, 0.6]])), 4)
+        0.5108
+
+    Source: keras.losses.BinaryCrossentropy 3.15.
+    """
+
+    classes_are: ClassVar[str | None] = "column"
+
+    def __init__(
+        self,
+        from_logits: bool = False,
+        label_smoothing: float = 0.0,
+        axis: int = -1,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "binary_crossentropy",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(from_logits, label_smoothing, axis, name, reduction, dtype)
+
+    def _targets(self, batch: Aligned) -> Tensor:
+        s = self.label_smoothing
+        return batch.y_true if s == 0 else batch.y_true * (1 - s) + s / 2
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        y = self._targets(batch)
+        if self.from_logits:
+            return F.binary_cross_entropy_with_logits(batch.prediction.raw, y, reduction="none")
+        q = batch.prediction.raw.clamp(EPSILON, 1 - EPSILON)
+        return self._flagged(-(y * q.log() + (1 - y) * (1 - q).log()), batch.prediction)
+
+    def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
+        elements, y, p = self._elements(batch), self._targets(batch), batch.prediction.raw
+        if self.from_logits:
+            # d/dz of max(z, 0) − z·y + log(1 + exp(−|z|)) is σ(z) − y.
+            return elements, batch.prediction.sigmoid() - y
+        q = p.clamp(EPSILON, 1 - EPSILON)
+        return elements, (q - y) / (q * (1 - q)) * ((p >= EPSILON) & (p <= 1 - EPSILON))
+
+    def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
+        return _column_weight(y_true, class_weight, where)
+
+
+def _column_weight(y_true: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
+    """A weight a column; with one column, a weight for the label 0 or 1."""
+    columns = y_true.shape[-1]
+    if columns > 1:
+        return class_vector(class_weight, columns, where=where)
+    return class_vector(class_weight, 2, where=where).to(y_true.device)[(y_true > 0.5).long()]
+
+
+class BinaryFocalCrossentropy(BinaryCrossentropy):
+    """Binary cross-entropy with easy elements turned down: `(1 − p_t)^γ · bce`.
+
+    `p_t = y·p + (1 − y)(1 − p)` is the probability given to the target. With `apply_class_balancing` elements are
+    also multiplied by `y·α + (1 − y)(1 − α)`; otherwise `alpha` has no effect (as in Keras).
+
+    Args:
+        apply_class_balancing: multiply by α.
+        alpha: α in [0, 1], the weight of the present class.
+        gamma: γ ≥ 0; 0 gives binary cross-entropy.
+        from_logits: as for `BinaryCrossentropy`.
+        label_smoothing: as for `BinaryCrossentropy`.
+        axis: class axis.
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Divides by: unmasked entries × C.
+
+    Raises:
+        InputError: as `BinaryCrossentropy`.
+
+    Example:
+        >>> import lossledger as ll
+        >>> round(float(ll.losses.BinaryFocalCrossentropy(gamma=2)([[0.0, 1.0]], [[0.1, 0.6]])), 4)
+        0.0414
+
+    Source: Lin et al. 2017; keras.losses.BinaryFocalCrossentropy 3.15.
+    """
+
+    def __init__(
+        self,
+        apply_class_balancing: bool = False,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        from_logits: bool = False,
+        label_smoothing: float = 0.0,
+        axis: int = -1,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "binary_focal_crossentropy",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(from_logits, label_smoothing, axis, reduction, name, dtype)
+        if gamma < 0 or not 0 <= alpha <= 1:
+            raise InputError(f"{self.name}: expected gamma >= 0 and alpha in [0, 1], received {gamma!r} and {alpha!r}.")
+        self.apply_class_balancing = apply_class_balancing
+        self.alpha = alpha
+        self.gamma = gamma
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        y, bce = self._targets(batch), super()._elements(batch)
+        p = batch.prediction.sigmoid() if self.from_logits else batch.prediction.raw
+        focal = (1 - (y * p + (1 - y) * (1 - p))) ** self.gamma * bce
+        return focal * (y * self.alpha + (1 - y) * (1 - self.alpha)) if self.apply_class_balancing else focal
+
+    def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
+        return None
+
+
+class CategoricalCrossentropy(_CrossEntropy):
+    """Cross-entropy of exclusive classes with one-hot or soft targets.
+
+    Entry `−Σ_k y_k log q_k` with `q = clip(p / Σ p, ε, 1 − ε)`; from logits `−Σ_k y_k log softmax(z)_k`.
+
+    Args:
+        from_logits: `True` when the output is logits, `False` when it has gone through a softmax.
+        label_smoothing: `s` in [0, 1): targets become `y(1 − s) + s/K`, K the length of the class axis (Keras 3.15
+            takes the last axis whatever `axis` is).
+        axis: class axis.
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Shapes: targets and output `[B, d…, K]`; entries, weights and masks `[B, d…]`. `by="class"` groups entries by the
+    argmax of the target before smoothing; so does `class_weight`.
+
+    Divides by: unmasked entries.
+
+    Raises:
+        InputError: shapes that differ, probabilities or targets outside [0, 1].
+
+    Example:
+        >>> import lossledger as ll
+        >>> round(float(ll.losses.CategoricalCrossentropy()([[0.0, 1.0]], [[0.1, 0.9]])), 4)
+        0.1054
+
+    Source: keras.losses.CategoricalCrossentropy 3.15.
+    """
+
+    classes_are: ClassVar[str | None] = "label"
+
+    def __init__(
+        self,
+        from_logits: bool = False,
+        label_smoothing: float = 0.0,
+        axis: int = -1,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "categorical_crossentropy",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(from_logits, label_smoothing, axis, name, reduction, dtype)
+
+    def _shape(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[int, ...] | None:
+        return (*y_pred.shape[:-1], 1)
+
+    def _targets(self, batch: Aligned) -> Tensor:
+        s = self.label_smoothing
+        return batch.y_true if s == 0 else batch.y_true * (1 - s) + s / batch.y_true.shape[-1]
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        y = self._targets(batch)
+        if self.from_logits:
+            return -(y * batch.prediction.log_softmax()).sum(-1, keepdim=True)
+        p = batch.prediction.raw
+        return self._flagged_entry(-(y * _normalised(p).log()).sum(-1, keepdim=True), batch.prediction)
+
+    def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
+        elements, y, p = self._elements(batch), self._targets(batch), batch.prediction.raw
+        if self.from_logits:
+            # −Σ y (z − log Σ exp z) has the derivative softmax(z)·Σy − y.
+            return elements, batch.prediction.softmax() * y.sum(-1, keepdim=True) - y
+        # −Σ y log(p/S), S = Σp: −y/p + (Σ y)/S, for the classes that the clip leaves alone.
+        total = p.sum(-1, keepdim=True)
+        share = p / total
+        inside = y * ((share >= EPSILON) & (share <= 1 - EPSILON))
+        return elements, inside.sum(-1, keepdim=True) / total - inside / p.where(inside != 0, 1.0)
+
+    def _flagged_entry(self, elements: Tensor, prediction: Prediction) -> Tensor:
+        outside = outside_probabilities(prediction.raw.detach()).any(-1, keepdim=True)
+        return torch.where(outside, torch.nan, elements)
+
+    def _labels(self, batch: Aligned) -> tuple[int, Tensor]:
+        return batch.y_true.shape[-1], batch.y_true.argmax(-1)
+
+    def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
+        vector = class_vector(class_weight, y_true.shape[-1], where=where).to(y_true.device)
+        return vector[y_true.argmax(-1)].unsqueeze(-1)
+
+
+def _normalised(p: Tensor) -> Tensor:
+    """Probabilities that sum to 1 over the classes, clipped away from 0 and 1."""
+    return (p / p.sum(-1, keepdim=True)).clamp(EPSILON, 1 - EPSILON)
+
+
+class CategoricalFocalCrossentropy(CategoricalCrossentropy):
+    """Categorical cross-entropy with easy entries turned down: `Σ_k α (1 − q_k)^γ · (−y_k log q_k)`.
+
+    Args:
+        alpha: α, one number or one a class; always multiplies (as in Keras).
+        gamma: γ ≥ 0.
+        from_logits: as for `CategoricalCrossentropy`.
+        label_smoothing: as for `CategoricalCrossentropy`.
+        axis: class axis.
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Divides by: unmasked entries.
+
+    Raises:
+        InputError: as `CategoricalCrossentropy`.
+
+    Example:
+        >>> import lossledger as ll
+        >>> round(float(ll.losses.CategoricalFocalCrossentropy()([[0.0, 1.0]], [[0.1, 0.9]])), 6)
+        0.000263
+
+    Source: Lin et al. 2017; keras.losses.CategoricalFocalCrossentropy 3.15.
+    """
+
+    def __init__(
+        self,
+        alpha: float | tuple[float, ...] = 0.25,
+        gamma: float = 2.0,
+        from_logits: bool = False,
+        label_smoothing: float = 0.0,
+        axis: int = -1,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "categorical_focal_crossentropy",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(from_logits, label_smoothing, axis, reduction, name, dtype)
+        if gamma < 0:
+            raise InputError(f"{self.name}: expected gamma >= 0, received {gamma!r}.")
+        self.alpha = tuple(alpha) if isinstance(alpha, list | tuple) else alpha
+        self.gamma = gamma
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        y = self._targets(batch)
+        p = batch.prediction.softmax() if self.from_logits else batch.prediction.raw
+        q = _normalised(p)
+        alpha = torch.as_tensor(self.alpha, dtype=q.dtype, device=q.device)
+        entries = (alpha * (1 - q) ** self.gamma * (-y * q.log())).sum(-1, keepdim=True)
+        return entries if self.from_logits else self._flagged_entry(entries, batch.prediction)
+
+    def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
+        return None
+
+
+class SparseCategoricalCrossentropy(_CrossEntropy):
+    """Cross-entropy of exclusive classes with integer labels.
+
+    Entry `−log q_y` with `q = clip(p / Σ p, ε, 1 − ε)`; from logits `−log softmax(z)_y`.
+
+    Args:
+        from_logits: `True` when the output is logits, `False` when it has gone through a softmax.
+        ignore_class: a label whose entries are masked: they count nowhere, not in the divisor either.
+        axis: class axis of the output.
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Shapes: labels `[B, d…]` or `[B, d…, 1]`, output `[B, d…, K]`; entries, weights and masks `[B, d…]`.
+
+    Divides by: unmasked entries whose label is not `ignore_class`.
+
+    Raises:
+        InputError: labels outside 0 … K−1, shapes that do not fit, probabilities outside [0, 1].
+
+    Example:
+        >>> import lossledger as ll
+        >>> ce = ll.losses.SparseCategoricalCrossentropy(ignore_class=-1)
+        >>> round(float(ce([1, -1], [[0.1, 0.9], [0.5, 0.5]])), 4)
+        0.1054
+
+    Source: keras.losses.SparseCategoricalCrossentropy 3.15.
+    """
+
+    classes_are: ClassVar[str | None] = "label"
+
+    def __init__(
+        self,
+        from_logits: bool = False,
+        ignore_class: int | None = None,
+        axis: int = -1,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "sparse_categorical_crossentropy",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(from_logits, 0.0, axis, name, reduction, dtype)
+        self.ignore_class = ignore_class
+
+    def _align(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[Tensor, Tensor]:
+        split_shape(y_pred, where)
+        if y_pred.ndim < 2:
+            raise InputError(
+                f"{where}: expected an output [B, …, classes], received shape {shape_of(y_pred)}. "
+                "The model must give one number for each class."
+            )
+        axis = self._last(y_pred, where)
+        pred = y_pred if axis is None else y_pred.movedim(axis, -1)
+        labels = y_true
+        if labels.ndim == pred.ndim and labels.shape[-1] == 1:
+            labels = labels.squeeze(-1)
+        elif axis is not None and labels.ndim == pred.ndim and labels.shape[axis] == 1:
+            labels = labels.squeeze(axis)
+        if labels.shape != pred.shape[:-1]:
+            one_hot = y_true.shape == y_pred.shape
+            remedy = (
+                "The target looks one-hot: use CategoricalCrossentropy, or y_true.argmax(-1)."
+                if one_hot
+                else "If the output has its class axis at position 1 (NCHW), pass axis=1."
+            )
+            raise InputError(
+                f"{where}: y_true must hold one label for each entry, shape {tuple(pred.shape[:-1])}; "
+                f"received {shape_of(y_true)} with y_pred {shape_of(y_pred)}. {remedy}"
+            )
+        return labels, pred
+
+    def _shape(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[int, ...] | None:
+        return (*y_pred.shape[:-1], 1)
+
+    def _weighting(self, shape: tuple[int, ...], y_true: Tensor, y_pred: Tensor, given: Late, where: str) -> Weighting:
+        if self.ignore_class is not None:
+            mask = y_true != self.ignore_class
+            if given.mask is not None:
+                what = f"{where}: mask"
+                mask = mask & expand(as_mask(given.mask, what), shape[:-1], 1, what).squeeze(-1)
+            given = Late(given.sample_weight, mask, given.class_weight)
+        return super()._weighting(shape, y_true, y_pred, given, where)
+
+    def _safe(self, y_true: Tensor, y_pred: Tensor, weights: Weighting) -> tuple[Tensor, Tensor]:
+        assert weights.mask is not None
+        zero = torch.zeros((), dtype=y_true.dtype, device=y_true.device)
+        return torch.where(weights.mask.squeeze(-1), y_true, zero), weights.select(y_pred, 0.5)
+
+    def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
+        if not self.from_logits:
+            check_probabilities(y_pred, where)
+        check_labels(y_true, y_pred.shape[-1], where)
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        labels = batch.y_true.long().unsqueeze(-1)
+        if self.from_logits:
+            return -batch.prediction.log_softmax().gather(-1, labels)
+        p = batch.prediction.raw
+        entries = -_normalised(p).gather(-1, labels).log()
+        return torch.where(outside_probabilities(p.detach()).any(-1, keepdim=True), torch.nan, entries)
+
+    def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
+        if not self.from_logits:
+            return None
+        elements = self._elements(batch)
+        # softmax(z) − one_hot(y), written into the softmax; the elements come from the log-softmax.
+        gradient = batch.prediction.log_softmax().exp()
+        gradient.scatter_add_(-1, batch.y_true.long().unsqueeze(-1), elements.new_full(elements.shape, -1.0))
+        return elements, gradient
+
+    def _labels(self, batch: Aligned) -> tuple[int, Tensor]:
+        return batch.prediction.raw.shape[-1], batch.y_true.long()
+
+    def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
+        classes = y_pred.shape[-1]
+        vector = class_vector(class_weight, classes, where=where).to(y_true.device)
+        # A masked or ignored label may be any number; labels that count are checked for their range.
+        return vector[y_true.long().clamp(0, classes - 1)].unsqueeze(-1)
+
+
+def binary_crossentropy(
+    y_true: Any, y_pred: Any, from_logits: bool = False, label_smoothing: float = 0.0, axis: int = -1
+) -> Tensor:
+    """The binary cross-entropy of each entry, `[B, d…]`; see `BinaryCrossentropy`."""
+    return BinaryCrossentropy(from_logits, label_smoothing, axis, "none")(y_true, y_pred)
+
+
+def binary_focal_crossentropy(
+    y_true: Any,
+    y_pred: Any,
+    apply_class_balancing: bool = False,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    from_logits: bool = False,
+    label_smoothing: float = 0.0,
+    axis: int = -1,
+) -> Tensor:
+    """The binary focal cross-entropy of each entry, `[B, d…]`; see `BinaryFocalCrossentropy`."""
+    return BinaryFocalCrossentropy(apply_class_balancing, alpha, gamma, from_logits, label_smoothing, axis, "none")(
+        y_true, y_pred
+    )
+
+
+def categorical_crossentropy(
+    y_true: Any, y_pred: Any, from_logits: bool = False, label_smoothing: float = 0.0, axis: int = -1
+) -> Tensor:
+    """The categorical cross-entropy of each entry, `[B, d…]`; see `CategoricalCrossentropy`."""
+    return CategoricalCrossentropy(from_logits, label_smoothing, axis, "none")(y_true, y_pred)
+
+
+def categorical_focal_crossentropy(
+    y_true: Any,
+    y_pred: Any,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    from_logits: bool = False,
+    label_smoothing: float = 0.0,
+    axis: int = -1,
+) -> Tensor:
+    """The categorical focal cross-entropy of each entry, `[B, d…]`; see `CategoricalFocalCrossentropy`."""
+    return CategoricalFocalCrossentropy(alpha, gamma, from_logits, label_smoothing, axis, "none")(y_true, y_pred)
+
+
+def sparse_categorical_crossentropy(
+    y_true: Any, y_pred: Any, from_logits: bool = False, ignore_class: int | None = None, axis: int = -1
+) -> Tensor:
+    """The cross-entropy of each integer label, `[B, d…]`; see `SparseCategoricalCrossentropy`."""
+    return SparseCategoricalCrossentropy(from_logits, ignore_class, axis, "none")(y_true, y_pred)

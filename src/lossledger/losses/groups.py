@@ -1,0 +1,114 @@
+"""How the elements of a batch divide over groups: by column and presence, by label, by sample, by given ids.
+
+Each function takes weighted elements (`[B, d…, C]`, detached) and returns the rows of `tally.Groups`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lossledger.errors import InputError
+from lossledger.tally import Groups
+from lossledger.weighting import Weighting
+
+
+def _columns(values: Tensor | None, weighting: Weighting, device: torch.device) -> Tensor:
+    """Σ over all axes but the last of something that broadcasts to the elements; their number for `None`."""
+    columns = weighting.shape[-1]
+    if values is None:
+        number = 1
+        for length in weighting.shape[:-1]:
+            number *= length
+        return torch.full((columns,), number, dtype=torch.int64, device=device)
+    if values.shape != weighting.shape:
+        values = values.expand(weighting.shape)
+    return values.reshape(-1, columns).sum(0)
+
+
+def by_column(kind: str, weighted: Tensor, total: Tensor, weighting: Weighting, presence: Tensor | None) -> Groups:
+    """Rows by column of the class axis; with `presence` (bool, as the elements) each is split in two.
+
+    Rows are in the order column 0 … C−1 (present, where split), then column 0 … C−1 absent.
+    """
+    columns, device = weighting.shape[-1], weighted.device
+    sums = []
+    for values in (weighted, total, weighting.mask, weighting.product):
+        whole = _columns(values, weighting, device)
+        if presence is None:
+            sums.append(whole)
+            continue
+        inside = presence if values is None else values * presence
+        part = _columns(inside, weighting, device)
+        sums.append(torch.cat((part, whole - part)))
+    if presence is None:
+        keys = tuple((column, "") for column in range(columns))
+    else:
+        keys = tuple((column, side) for side in ("present", "absent") for column in range(columns))
+    return Groups(kind, keys, sums[0], sums[1], sums[2], sums[3])
+
+
+def by_index(
+    kind: str,
+    index: Tensor,
+    keys: tuple[tuple[int, str], ...] | None,
+    size: int,
+    weighted: Tensor,
+    total: Tensor,
+    weighting: Weighting,
+) -> Groups:
+    """Rows by an integer index of each entry, `[B, d…]`; entries whose index is outside `[0, size)` are masked."""
+    columns = weighting.shape[-1]
+    flat = index.reshape(-1)
+    # Ignored labels carry weight 0, but their index must still be one that exists.
+    flat = flat.clamp(0, size - 1)
+
+    def scatter(values: Tensor | None) -> Tensor:
+        if values is None:
+            ones = torch.full_like(flat, columns)
+            return torch.zeros(size, dtype=torch.int64, device=flat.device).index_add_(0, flat, ones)
+        if values.shape != weighting.shape:
+            values = values.expand(weighting.shape)
+        entries = values.reshape(-1, columns).sum(-1)
+        return torch.zeros(size, dtype=entries.dtype, device=flat.device).index_add_(0, flat, entries)
+
+    sums = [scatter(v) for v in (weighted, total, weighting.mask, weighting.product)]
+    return Groups(kind, keys, sums[0], sums[1], sums[2], sums[3])
+
+
+def by_sample(weighted: Tensor, total: Tensor, weighting: Weighting) -> Groups:
+    """One row a sample, in order."""
+    samples, device = weighting.shape[0], weighted.device
+    elements = 1
+    for length in weighting.shape[1:]:
+        elements *= length
+
+    def rows(values: Tensor | None) -> Tensor:
+        if values is None:
+            return torch.full((samples,), elements, dtype=torch.int64, device=device)
+        if values.shape != weighting.shape:
+            values = values.expand(weighting.shape)
+        return values.reshape(samples, -1).sum(1)
+
+    sums = [rows(v) for v in (weighted, total, weighting.mask, weighting.product)]
+    return Groups("sample", None, sums[0], sums[1], sums[2], sums[3])
+
+
+def entry_ids(ids: Tensor, entries: tuple[int, ...], where: str) -> tuple[Tensor, tuple[tuple[int, str], ...]]:
+    """Given group ids, `(B,)` or a leading part of the entries, as an index for each entry, and the keys.
+
+    Reads the ids on the host: this is for a call, not for the step of a training loop.
+
+    Raises:
+        InputError: ids of another shape, or ids that are not integers.
+    """
+    if ids.is_floating_point() or ids.is_complex():
+        raise InputError(f"{where}: group ids given as `by` must be integers, received dtype {ids.dtype}.")
+    if ids.ndim == 0 or tuple(ids.shape) != entries[: ids.ndim]:
+        raise InputError(
+            f"{where}: group ids given as `by` must have the shape of the leading axes of the entries {entries}; "
+            f"received {tuple(ids.shape)}."
+        )
+    names, index = torch.unique(ids, return_inverse=True)
+    index = index.reshape(*ids.shape, *(1,) * (len(entries) - ids.ndim)).expand(entries)
+    return index, tuple((int(name), "") for name in names)

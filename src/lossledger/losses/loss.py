@@ -1,0 +1,611 @@
+"""What every loss is: `call` for the value of each entry, and around it weights, masks, reduction, tally, gradient.
+
+A loss goes through three steps, each in one place:
+
+1. `_align` brings targets and predictions into one layout, class axis last;
+2. `weighting.weighting` makes one weight an element, and masked elements are replaced by safe values;
+3. `_tally_elements` weighs the unreduced elements and sums them: the numerator, the statistic that divides, the groups.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lossledger import reduction as reductions
+from lossledger.errors import InputError, InputTypeError
+from lossledger.losses import groups as grouping
+from lossledger.losses.prediction import Prediction, Space
+from lossledger.reduction import Reduction
+from lossledger.tally import Groups, Tally
+from lossledger.weighting import ClassWeight, Weighting, align, as_mask, as_tensor, class_vector, weighting
+
+By = str | Tensor | None
+"""How a tally divides: `None`, `"class"`, `"label"`, `"sample"`, `"column"`, or integer group ids."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Late:
+    """What a call gave beside targets and predictions, not yet in the shape of the elements."""
+
+    sample_weight: Tensor | None
+    mask: Tensor | None
+    class_weight: ClassWeight | None
+
+    @property
+    def given(self) -> str | None:
+        """The first argument that was given."""
+        return next(
+            (name for name in ("sample_weight", "mask", "class_weight") if getattr(self, name) is not None), None
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Aligned:
+    """One batch, ready for arithmetic: a layout with the class axis last, masked elements replaced by safe values.
+
+    Args:
+        y_true: targets in the layout of the loss.
+        prediction: the output in the same layout.
+        weighting: mask and weight of each element.
+        where: the term, for messages.
+        late: sample weight, mask and class weight of a loss whose `call` alone can tell the shape of its entries;
+            they become the weighting once it has run.
+        column_weight: `[C]`, class weights of a loss that treats them apart from sample weights.
+    """
+
+    y_true: Tensor
+    prediction: Prediction
+    weighting: Weighting
+    where: str
+    late: Late | None = None
+    column_weight: Tensor | None = None
+
+
+class Loss:
+    """Base of every loss; subclass it and write `call` to make your own.
+
+    `call` returns the loss of each entry, `[B, d…]` (Keras: the mean over the last axis), and the base does the rest:
+    alignment, masks, sample and class weights, the reduction, the tally, the gradient.
+
+    Args:
+        name: name of the term; the class name in snake case if not given.
+        reduction: how entries become one number, see `lossledger.reduction`.
+        dtype: dtype of the result; the arithmetic is in the dtype of the predictions, at least float32.
+
+    Divides by: what the reduction says; by default the number of unmasked entries, never the weights.
+
+    Raises:
+        InputError: shapes, weights or masks that do not fit.
+
+    Example:
+        >>> import lossledger as ll, torch
+        >>> class Quartic(ll.losses.Loss):
+        ...     def call(self, y_true, y_pred):
+        ...         return ((y_true - y_pred) ** 4).mean(-1)
+        >>> float(Quartic()(torch.zeros(2, 1), torch.tensor([[1.0], [2.0]])))
+        8.5
+        >>> float(Quartic()(torch.zeros(2, 1), torch.tensor([[1.0], [2.0]]), sample_weight=[1.0, 0.0]))
+        0.5
+    """
+
+    space: Space = None
+    scalar: str | None = None
+    # What `by="class"` means, which a subclass of the library declares: "column" (each column has its own target,
+    # split by presence), "label" (exclusive classes), "output" (regression columns), or None (no classes).
+    classes_are: ClassVar[str | None] = None
+    _default_name: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        name: str | None = None,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        self.name = name or self._default_name or _snake(type(self).__name__)
+        self.reduction = reductions.get(reduction)
+        self.dtype = _dtype(dtype)
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        """The loss of each entry, `[B, d…]`; a subclass writes this.
+
+        Args:
+            y_true: targets.
+            y_pred: predictions.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define call(self, y_true, y_pred).")
+
+    # --- for callers -------------------------------------------------------------------------------------------
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, mask: Any = None) -> Tensor:
+        """The loss of a batch: a scalar, or one value an entry with the reduction `none`.
+
+        Args:
+            y_true: targets, anything `torch.as_tensor` takes.
+            y_pred: predictions, `[B, d…, C]`.
+            sample_weight: a scalar, `(B,)`, a leading part of the entries' shape, or the elements' shape.
+            mask: the same shapes; masked elements reach neither value nor gradient, whatever they hold.
+        """
+        batch = self.align(y_true, y_pred, sample_weight, mask)
+        if self.reduction is reductions.NONE:
+            result = self._entries(batch)
+        else:
+            tally = self.tally_aligned(batch)
+            # A divisor in float64 must not change the dtype of the loss.
+            result = tally.value.to(tally.numerator.dtype)
+        return result if self.dtype is None else result.to(self.dtype)
+
+    def tally(
+        self,
+        y_true: Any,
+        y_pred: Any,
+        sample_weight: Any = None,
+        mask: Any = None,
+        by: By = None,
+        class_weight: ClassWeight | None = None,
+    ) -> Tally:
+        """What a batch adds up to; tallies of batches add with `+` to that of the whole.
+
+        Args:
+            y_true: targets.
+            y_pred: predictions.
+            sample_weight: as in a call.
+            mask: as in a call.
+            by: divide over groups: `"class"`, `"label"`, `"sample"`, `"column"`, or integer ids, `(B,)` or per entry.
+            class_weight: by index, or one number a class.
+
+        Example:
+            >>> import lossledger as ll
+            >>> mse = ll.losses.MeanSquaredError()
+            >>> parts = mse.tally([[0.0]], [[3.0]]) + mse.tally([[0.0], [0.0]], [[0.0], [3.0]])
+            >>> float(parts.value), int(parts.count)
+            (6.0, 3)
+        """
+        return self.tally_aligned(self.align(y_true, y_pred, sample_weight, mask, class_weight=class_weight), by)
+
+    def backprop(
+        self,
+        y_true: Any,
+        y_pred: Tensor,
+        sample_weight: Any = None,
+        mask: Any = None,
+        window: Tally | None = None,
+        by: By = None,
+    ) -> tuple[Tally, Tensor]:
+        """The tally of a batch and the gradient of the window's loss with respect to `y_pred`.
+
+        Args:
+            y_true: targets.
+            y_pred: predictions; the gradient has its shape.
+            sample_weight: as in a call.
+            mask: as in a call.
+            window: tally of the whole window (accumulation steps, ranks) that this batch is a part of: its divisor
+                divides here. `None`: the batch is the window.
+            by: as in `tally`.
+
+        Returns:
+            the tally of the batch, detached, and the gradient; `y_pred.backward(gradient)` continues it.
+
+        Example:
+            >>> import lossledger as ll, torch
+            >>> _, gradient = ll.losses.MeanSquaredError().backprop([[0.0]], torch.tensor([[3.0]]))
+            >>> gradient
+            tensor([[6.]])
+        """
+        y_pred = y_pred.detach()
+        batch = self.align(y_true, y_pred, sample_weight, mask)
+        tally, gradient = self.backprop_aligned(batch, window, 1.0, by)
+        return tally, self.restore(gradient, y_pred)
+
+    # --- for the objective: the same, step by step -------------------------------------------------------------
+
+    def align(
+        self,
+        y_true: Any,
+        y_pred: Any,
+        sample_weight: Any = None,
+        mask: Any = None,
+        class_weight: ClassWeight | None = None,
+        where: str | None = None,
+        checked: bool = False,
+    ) -> Aligned:
+        """One batch, checked and in the layout of the loss; `checked` skips the checks that read values."""
+        where = where or self.name
+        pred = as_tensor(y_pred, f"{where}: y_pred")
+        true = as_tensor(y_true, f"{where}: y_true", device=pred.device)
+        if true.requires_grad and not pred.requires_grad:
+            raise InputError(
+                f"{where}: only the first argument requires a gradient, so the arguments are swapped: expected "
+                "(y_true, y_pred) as in Keras, received torch's (input, target). Swap them."
+            )
+        if pred.is_complex() or true.is_complex():
+            raise InputTypeError(f"{where}: expected real numbers, received {true.dtype} and {pred.dtype}.")
+        if not pred.is_floating_point():
+            pred = pred.to(torch.get_default_dtype())
+        if pred.dtype in (torch.float16, torch.bfloat16):
+            pred = pred.float()
+        if true.is_floating_point() and true.dtype != pred.dtype:
+            true = true.to(pred.dtype)
+        true, pred = self._align(true, pred, where)
+        device = pred.device
+        given = Late(
+            None if sample_weight is None else as_tensor(sample_weight, f"{where}: sample_weight", device=device),
+            None if mask is None else as_tensor(mask, f"{where}: mask", device=device),
+            class_weight,
+        )
+        shape = self._shape(true, pred, where)
+        if shape is None:
+            true, pred = _select_leading(true, pred, given.mask, where)
+            return Aligned(true, Prediction(pred), Weighting(()), where, given)
+        weights = self._weighting(shape, true, pred, given, where)
+        if weights.mask is not None:
+            true, pred = self._safe(true, pred, weights)
+        if not checked:
+            self._check(true, pred, where)
+        return Aligned(true, Prediction(pred), weights, where)
+
+    def tally_aligned(self, batch: Aligned, by: By = None) -> Tally:
+        """The tally of an aligned batch, differentiable."""
+        return self._tally_elements(batch, self._elements(batch), by)
+
+    def divisor_aligned(self, batch: Aligned) -> Tally:
+        """The statistic that divides, without the numerator: known before the model has run."""
+        columns = batch.weighting.shape[-1]
+        statistic = reductions.divides(self.reduction, batch.where).statistic
+        if statistic is None:
+            return Tally(0.0, 0, 0, 0, offset=columns)
+        return Tally(0.0, statistic(batch.weighting), 0, 0)
+
+    def backprop_aligned(
+        self, batch: Aligned, window: Tally | None, factor: float, by: By = None
+    ) -> tuple[Tally, Tensor]:
+        """The tally of an aligned batch and `factor` times the gradient, in the layout of the loss.
+
+        The plain form: autograd over the elements. Losses with a closed form override `_slopes`.
+        """
+        closed = self._slopes(batch)
+        with torch.enable_grad():
+            leaf = batch.prediction.raw.detach().requires_grad_() if closed is None else None
+            if leaf is not None:
+                batch = replace(batch, prediction=Prediction(leaf))
+            elements = self._elements(batch) if closed is None else closed[0]
+            tally = self._tally_elements(batch, elements, by)
+            whole = tally if window is None else window
+            divisor = whole.divisor + whole.offset
+            scale = factor * tally.coefficient * reciprocal(divisor, elements.dtype)
+            if leaf is not None:
+                (gradient,) = torch.autograd.grad(tally.numerator * scale, leaf)
+                return _detached(tally), gradient
+        assert closed is not None
+        weight = self._entry_weight(batch)
+        gradient = closed[1]
+        return tally, gradient.mul_(scale if weight is None else weight.to(gradient.dtype) * scale)
+
+    def restore(self, gradient: Tensor, y_pred: Tensor) -> Tensor:
+        """A gradient in the layout of the loss, as the output has it."""
+        return gradient.reshape(y_pred.shape).to(y_pred.dtype)
+
+    # --- what a loss of the library declares -------------------------------------------------------------------
+
+    def _align(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[Tensor, Tensor]:
+        ranks_differ = abs(y_true.ndim - y_pred.ndim) == 1
+        longer = y_true if y_true.ndim > y_pred.ndim else y_pred
+        if (y_true.ndim == 1 and y_pred.ndim == 1) or (ranks_differ and longer.shape[-1] == 1 and longer.ndim == 2):
+            return align(y_true, y_pred, where)
+        if y_true.ndim and y_pred.ndim and y_true.shape[0] != y_pred.shape[0]:
+            return align(y_true, y_pred, where)
+        return y_true, y_pred
+
+    def _shape(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[int, ...] | None:
+        """Shape of the elements, `(B, d…, C)`; `None` when only `call` can tell it."""
+        return None
+
+    def _weighting(self, shape: tuple[int, ...], y_true: Tensor, y_pred: Tensor, given: Late, where: str) -> Weighting:
+        if given.given is None:
+            return Weighting(shape)
+        class_weight = None
+        if given.class_weight is not None:
+            class_weight = self._class_weight(y_true, y_pred, given.class_weight, where).to(y_pred)
+        sample_weight = None if given.sample_weight is None else given.sample_weight.to(y_pred.dtype)
+        return weighting(shape[:-1], shape[-1], sample_weight, given.mask, class_weight, where)
+
+    def _late_weighting(self, batch: Aligned, elements: Tensor) -> Weighting:
+        assert batch.late is not None
+        if elements.ndim == 1 and batch.late.given is not None:
+            raise InputError(
+                f"{batch.where}: the loss returns one number for the whole batch, so a {batch.late.given} could only "
+                "rescale it, not weigh samples; expected one value per sample or entry, received a scalar. Return the "
+                "unreduced values, for example (y_true - y_pred).square().mean(-1)."
+            )
+        return self._weighting(tuple(elements.shape), batch.y_true, batch.prediction.raw, batch.late, batch.where)
+
+    def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
+        """Class weights of the targets, `[B, d…, 1]` or per column `[C]`."""
+        labels = y_true
+        if y_true.ndim == y_pred.ndim and y_true.shape[-1] > 1:
+            labels = y_true.argmax(-1)
+        elif y_true.ndim == y_pred.ndim:
+            labels = y_true.squeeze(-1)
+        labels = labels.long()
+        return (
+            class_vector(class_weight, max(int(labels.max()) + 1, _length(class_weight)), where=where)
+            .to(labels.device)[labels]
+            .unsqueeze(-1)
+        )
+
+    def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
+        """Checks that read values (label range, probabilities), after masked elements have become harmless."""
+
+    def _safe(self, y_true: Tensor, y_pred: Tensor, weights: Weighting) -> tuple[Tensor, Tensor]:
+        """Targets and predictions with harmless values at masked elements."""
+        return weights.select(y_true, 0), weights.select(y_pred, 0.5)
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        """The unreduced loss, `[B, d…, C]`."""
+        values = self.call(batch.y_true, batch.prediction.raw)
+        if not isinstance(values, Tensor):
+            raise InputTypeError(
+                f"{batch.where}: the loss must return a tensor, received {type(values).__name__}. "
+                "Compute it with torch operations so that it can be differentiated."
+            )
+        return values.unsqueeze(-1)
+
+    def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
+        """The elements and the derivative of their sum over the class axis, a new tensor; `None`: use autograd.
+
+        The derivative is multiplied by one weight an entry; a loss whose elements depend on one column each also
+        takes a weight an element.
+        """
+        return None
+
+    def _entry_weight(self, batch: Aligned) -> Tensor | None:
+        """The factor on each derivative: weight × mask, rescaled where the reduction rescales entries."""
+        product = batch.weighting.product
+        if self.reduction.rescale is None:
+            return product
+        rescale = self.reduction.rescale(batch.weighting).to(batch.prediction.raw)
+        return rescale if product is None else product * rescale
+
+    def _entries(self, batch: Aligned) -> Tensor:
+        elements = self._elements(batch)
+        weights = batch.weighting if batch.late is None else self._late_weighting(batch, elements)
+        product = weights.product
+        return (elements if product is None else elements * product).mean(-1)
+
+    def _tally_elements(self, batch: Aligned, elements: Tensor, by: By) -> Tally:
+        weights = batch.weighting if batch.late is None else self._late_weighting(batch, elements)
+        if elements.ndim == 1:
+            return self._tally_scalar(batch, elements, by)
+        reduction = reductions.divides(self.reduction, batch.where)
+        product = weights.product
+        total = elements if product is None else elements * product
+        weighted = total if reduction.rescale is None else total * reduction.rescale(weights).to(total)
+        divisor: Tensor | int = 0
+        if reduction.statistic is not None:
+            divisor = reduction.statistic(weights)
+        return Tally(
+            weighted.sum(),
+            divisor,
+            weights.count(),
+            weights.total_weight(),
+            offset=elements.shape[-1] if reduction.statistic is None else 0,
+            nonfinite=elements.numel() - torch.isfinite(elements.detach()).sum(),
+            groups=None if by is None else self._groups(batch, weighted.detach(), total.detach(), weights, by),
+        )
+
+    def _tally_scalar(self, batch: Aligned, elements: Tensor, by: By) -> Tally:
+        """A function that returned one number: a mean over the samples unless declared a sum."""
+        value = elements.squeeze(-1)
+        if by is not None:
+            raise InputError(
+                f"{batch.where}: the loss returns one number for the whole batch, so it cannot be divided by {by!r}. "
+                "Return one value per sample or entry."
+            )
+        bad = 1 - torch.isfinite(value.detach()).sum()
+        samples = batch.prediction.raw.shape[0]
+        if self.scalar == "sum":
+            return Tally(value, 0, samples, samples, offset=1, nonfinite=bad)
+        return Tally(value * samples, samples, samples, samples, nonfinite=bad)
+
+    def _groups(self, batch: Aligned, weighted: Tensor, total: Tensor, weights: Weighting, by: By) -> Groups:
+        if isinstance(by, Tensor):
+            index, keys = grouping.entry_ids(by.to(weighted.device), weights.shape[:-1], batch.where)
+            return grouping.by_index("group", index, keys, len(keys), weighted, total, weights)
+        if by == "sample":
+            return grouping.by_sample(weighted, total, weights)
+        if by == "column":
+            return grouping.by_column("column", weighted, total, weights, None)
+        if by == "class" and self.classes_are == "output":
+            return grouping.by_column("class", weighted, total, weights, None)
+        if by == "class" and self.classes_are == "column":
+            return grouping.by_column("class", weighted, total, weights, self._present(batch))
+        if by in ("class", "label") and self.classes_are == "label":
+            size, labels = self._labels(batch)
+            keys = tuple((label, "") for label in range(size))
+            return grouping.by_index(str(by), labels, keys, size, weighted, total, weights)
+        choices = ["sample", "column"]
+        if self.classes_are:
+            choices.append("class")
+        if self.classes_are == "label":
+            choices.append("label")
+        raise InputError(
+            f"{batch.where}: cannot divide by {by!r}; expected one of {choices} or a tensor of integer group ids."
+        )
+
+    def _present(self, batch: Aligned) -> Tensor:
+        return batch.y_true > 0.5
+
+    def _labels(self, batch: Aligned) -> tuple[int, Tensor]:
+        raise NotImplementedError
+
+    # --- configuration and algebra ----------------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal loss, as plain values."""
+        config: dict[str, Any] = {
+            "name": self.name,
+            "reduction": self.reduction.name,
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+        }
+        for name in inspect.signature(type(self).__init__).parameters:
+            if name != "self" and name not in config and hasattr(self, name):
+                value = getattr(self, name)
+                config[name] = list(value) if isinstance(value, tuple) else value
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Loss:
+        """The loss of a configuration made by `get_config`."""
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        defaults = inspect.signature(type(self).__init__).parameters
+        shown = ", ".join(
+            f"{name}={value!r}"
+            for name, value in self.get_config().items()
+            if name != "name" and name in defaults and value != defaults[name].default
+        )
+        return f"{type(self).__name__}({shown})"
+
+    def __mul__(self, factor: float) -> Expression:
+        return Expression(((_factor(factor), self),))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Loss | Expression) -> Expression:
+        return Expression(((1.0, self),)) + other
+
+
+class Expression:
+    """A weighted sum of losses on one output, each a named term: `0.5 * BinaryCrossentropy() + Dice()`.
+
+    Args:
+        terms: pairs of a coefficient and a loss.
+
+    Raises:
+        InputError: two terms of one name, or terms that read the output in different spaces (logits, probabilities).
+
+    Example:
+        >>> import lossledger as ll
+        >>> loss = 0.5 * ll.losses.MeanSquaredError() + ll.losses.MeanAbsoluteError()
+        >>> [(coefficient, part.name) for coefficient, part in loss.terms]
+        [(0.5, 'mean_squared_error'), (1.0, 'mean_absolute_error')]
+        >>> float(loss([[0.0]], [[2.0]]))
+        4.0
+    """
+
+    def __init__(self, terms: tuple[tuple[float, Loss], ...]) -> None:
+        self.terms = terms
+        names = [loss.name for _, loss in terms]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise InputError(
+                f"Each term of a loss needs its own name; received {twice[0]!r} more than once. "
+                "Give one of them another: for example Dice(name='dice_per_image')."
+            )
+        spaces = {loss.space: loss.name for _, loss in terms if loss.space is not None}
+        if len(spaces) > 1:
+            raise InputError(
+                "The terms of one output read it in different spaces: "
+                + ", ".join(f"{name!r} expects {space}" for space, name in spaces.items())
+                + ". Give all of them from_logits, or none."
+            )
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, mask: Any = None) -> Tensor:
+        """The sum of the terms, left to right."""
+        values = [c * loss(y_true, y_pred, sample_weight, mask) for c, loss in self.terms]
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        return total
+
+    def __iter__(self) -> Iterator[tuple[float, Loss]]:
+        return iter(self.terms)
+
+    def __mul__(self, factor: float) -> Expression:
+        return Expression(tuple((_factor(factor) * c, loss) for c, loss in self.terms))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Loss | Expression) -> Expression:
+        if isinstance(other, Loss):
+            return Expression((*self.terms, (1.0, other)))
+        if isinstance(other, Expression):
+            return Expression((*self.terms, *other.terms))
+        return NotImplemented
+
+    def __repr__(self) -> str:
+        return " + ".join(repr(loss) if c == 1 else f"{c:g} * {loss!r}" for c, loss in self.terms)
+
+
+def _factor(factor: Any) -> float:
+    if isinstance(factor, bool) or not isinstance(factor, int | float):
+        raise InputTypeError(
+            f"A loss can be multiplied by a number only; received {type(factor).__name__}. "
+            "To weigh samples, pass sample_weight in the call."
+        )
+    return float(factor)
+
+
+def _snake(name: str) -> str:
+    """`MeanSquaredError` as `mean_squared_error`."""
+    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise InputTypeError(f"dtype: expected a torch dtype or its name such as 'float32', received {dtype!r}.")
+    return found
+
+
+def _length(class_weight: ClassWeight) -> int:
+    keys = [int(k) for k in class_weight if not isinstance(k, str)] if isinstance(class_weight, dict) else []
+    return max(keys) + 1 if keys else (0 if isinstance(class_weight, dict) else len(class_weight))
+
+
+def reciprocal(divisor: Any, dtype: torch.dtype) -> Any:
+    """1 / divisor, and 0 where nothing counted."""
+    if isinstance(divisor, Tensor):
+        return ((divisor != 0) / (divisor + (divisor == 0)).double()).to(dtype)
+    return 1.0 / divisor if divisor else 0.0
+
+
+def _detached(tally: Tally) -> Tally:
+    return Tally(
+        tally.numerator.detach(),
+        tally.divisor,
+        tally.count,
+        tally.weight,
+        tally.coefficient,
+        tally.offset,
+        tally.form,
+        tally.nonfinite,
+        tally.groups,
+    )
+
+
+def _select_leading(y_true: Tensor, y_pred: Tensor, mask: Tensor | None, where: str) -> tuple[Tensor, Tensor]:
+    """Harmless values at masked entries of inputs whose leading axes are those of the mask."""
+    if mask is None:
+        return y_true, y_pred
+    mask = as_mask(mask, f"{where}: mask")
+
+    def select(values: Tensor, safe: float) -> Tensor:
+        inside = mask.squeeze(-1) if mask.ndim > values.ndim and mask.shape[-1] == 1 else mask
+        inside = inside.reshape(*inside.shape, *(1,) * (values.ndim - inside.ndim))
+        return torch.where(inside, values, torch.full((), safe, dtype=values.dtype, device=values.device))
+
+    try:
+        return select(y_true, 0), select(y_pred, 0.5)
+    except RuntimeError:
+        raise InputError(
+            f"{where}: mask must have the leading axes of y_pred {tuple(y_pred.shape)}; received {tuple(mask.shape)}."
+        ) from None

@@ -1,0 +1,466 @@
+"""Overlap losses: Dice, Jaccard, Tversky.
+
+All three are one ratio of sums. With `TP = Σ y·p`, `FP = Σ (1 − y)·p`, `FN = Σ y·(1 − p)` over the reduced axes:
+
+    loss = (α·FP + β·FN) / (κ·TP + α·FP + β·FN + ε)
+
+Dice is (κ, α, β) = (2, 1, 1), because Σy + Σp = 2·TP + FP + FN; Jaccard is (1, 1, 1); Tversky (1, α, β). Where target
+and prediction are both empty the loss is 0 (Keras 3.15: 1; it adds ε to the divisor only).
+
+When the reduced axes include the batch the loss is a *ratio*: its statistics add over micro-batches and ranks, the
+loss itself does not. When they do not, each sample (and kept column) has a loss of its own and their mean is *linear*.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lossledger import reduction as reductions
+from lossledger.errors import InputError
+from lossledger.losses.elementwise import ElementLoss
+from lossledger.losses.loss import Aligned, By, reciprocal
+from lossledger.losses.prediction import Prediction, Space
+from lossledger.reduction import Reduction
+from lossledger.tally import Groups, Tally, divide
+from lossledger.weighting import ClassWeight, Weighting, check_probabilities, check_targets, class_vector
+
+EPSILON = 1e-7
+
+
+class _Overlap(ElementLoss):
+    """The family; a subclass fixes (κ, α, β)."""
+
+    classes_are: ClassVar[str | None] = "column"
+
+    def __init__(
+        self,
+        coefficients: tuple[float, float, float],
+        axis: int | tuple[int, ...] | None,
+        from_logits: bool | str,
+        smooth: float,
+        name: str | None,
+        reduction: str | Reduction | None,
+        dtype: str | torch.dtype | None,
+    ) -> None:
+        super().__init__(name, reduction, dtype)
+        if from_logits not in (False, "sigmoid", "softmax"):
+            raise InputError(
+                f"{self.name}: from_logits must be False, 'sigmoid' (independent masks) or 'softmax' (exclusive "
+                f"classes); received {from_logits!r}. An overlap loss cannot tell by itself which one the logits need."
+            )
+        if not smooth > 0:
+            raise InputError(f"{self.name}: smooth must be positive, received {smooth!r}; the divisor could be 0.")
+        self._coefficients = coefficients
+        self.axis = axis if axis is None or isinstance(axis, int) else tuple(axis)  # type: ignore[assignment]
+        self.from_logits = from_logits
+        self.smooth = smooth
+
+    @property
+    def space(self) -> Space:  # type: ignore[override]
+        """How the loss reads the output."""
+        return "logits" if self.from_logits else "probabilities"
+
+    def _last(self, y_pred: Tensor, where: str) -> int | None:
+        return None
+
+    def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
+        if not self.from_logits:
+            check_probabilities(y_pred, where)
+        check_targets(y_true, where)
+
+    def restore(self, gradient: Tensor, y_pred: Tensor) -> Tensor:
+        """A gradient in the layout of the output."""
+        return gradient.reshape(y_pred.shape).to(y_pred.dtype)
+
+    def _reduced(self, rank: int) -> tuple[int, ...]:
+        """The axes that the statistics run over."""
+        if self.axis is None:
+            return tuple(range(rank))
+        axes = (self.axis,) if isinstance(self.axis, int) else self.axis
+        bad = [axis for axis in axes if not -rank <= axis < rank]
+        if bad:
+            raise InputError(f"{self.name}: axis {bad[0]} does not exist; the output has {rank} axes.")
+        return tuple(sorted(axis % rank for axis in axes))
+
+    def align(
+        self,
+        y_true: Any,
+        y_pred: Any,
+        sample_weight: Any = None,
+        mask: Any = None,
+        class_weight: ClassWeight | None = None,
+        where: str | None = None,
+        checked: bool = False,
+    ) -> Aligned:
+        """One batch, checked; class weights stay apart from sample weights, since the two act on different axes."""
+        batch = super().align(y_true, y_pred, sample_weight, mask, None, where, checked)
+        if class_weight is None:
+            return batch
+        columns = class_vector(class_weight, batch.weighting.shape[-1], where=batch.where)
+        return replace(batch, column_weight=columns.to(batch.prediction.raw))
+
+    def _probability(self, prediction: Prediction) -> Tensor:
+        if self.from_logits == "sigmoid":
+            return prediction.sigmoid()
+        return prediction.softmax() if self.from_logits == "softmax" else prediction.raw
+
+    def _inside(self, batch: Aligned) -> Tensor | None:
+        """What multiplies the addends: the mask, and weights of reduced axes."""
+        rank = len(batch.weighting.shape)
+        weights = batch.weighting
+        if self._outside(batch) is not None:
+            weights = Weighting(weights.shape, weights.mask)
+        inside = weights.product
+        if batch.column_weight is not None and rank - 1 in self._reduced(rank):
+            inside = batch.column_weight if inside is None else inside * batch.column_weight
+        return inside
+
+    def _outside(self, batch: Aligned) -> Tensor | None:
+        """A sample weight that is constant along the reduced axes: it multiplies the loss of its sample."""
+        weight, reduced = batch.weighting.weight, self._reduced(len(batch.weighting.shape))
+        if weight is None or 0 in reduced or any(weight.shape[axis] > 1 for axis in reduced):
+            return None
+        return weight
+
+    def _column_scale(self, batch: Aligned) -> Tensor | None:
+        """Class weights of a kept class axis, one for each cell of a sample or of the batch."""
+        shape = batch.weighting.shape
+        kept = self._kept(len(shape))
+        if batch.column_weight is None or len(shape) - 1 not in kept:
+            return None
+        return batch.column_weight.expand(*(shape[a] for a in kept))
+
+    def _terms(self, batch: Aligned) -> tuple[Tensor, Tensor]:
+        """The addends of numerator and divisor, before weights; linear in the probabilities."""
+        kappa, alpha, beta = self._coefficients
+        p, y = self._probability(batch.prediction), batch.y_true
+        overlap = y * p
+        wrong = alpha * (p - overlap) + beta * (y - overlap)
+        return wrong, kappa * overlap + wrong
+
+    def _statistics(self, batch: Aligned, keep: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Numerator and divisor summed over all axes but `keep`, in the order of the axes."""
+        inside = self._inside(batch)
+        axes = tuple(a for a in range(len(batch.weighting.shape)) if a not in keep)
+        sums = [t if inside is None else t * inside for t in self._terms(batch)]
+        return (sums[0].sum(axes), sums[1].sum(axes)) if axes else (sums[0], sums[1])
+
+    def _kept(self, rank: int) -> tuple[int, ...]:
+        reduced = self._reduced(rank)
+        return tuple(axis for axis in range(rank) if axis not in reduced)
+
+    def is_ratio(self, rank: int) -> bool:
+        """Whether the statistics run over the batch, so that only whole windows have a value."""
+        return 0 in self._reduced(rank)
+
+    # --- the ratio: statistics over the batch ------------------------------------------------------------------
+
+    def tally_aligned(self, batch: Aligned, by: By = None) -> Tally:
+        """The tally of an aligned batch, differentiable."""
+        rank = len(batch.weighting.shape)
+        if not self.is_ratio(rank):
+            return self._tally_cells(batch, by)
+        reductions.divides(self.reduction, batch.where)
+        kept = self._kept(rank)
+        numerator, divisor = self._statistics(batch, kept)
+        numerator, divisor = numerator.reshape(-1), divisor.reshape(-1)
+        cells = numerator.numel()
+        scale = self._column_scale(batch)
+        scale = None if scale is None else scale.reshape(-1)
+        if scale is not None:
+            numerator = numerator * scale
+        return Tally(
+            numerator,
+            divisor,
+            batch.weighting.count(),
+            batch.weighting.total_weight(),
+            # A sum over cells has the coefficient 1; every other reduction is their mean.
+            coefficient=1.0 if self.reduction.statistic is None else 1.0 / cells,
+            offset=self.smooth,
+            form="ratio",
+            nonfinite=cells - torch.isfinite(numerator.detach()).sum(),
+            groups=None if by is None else self._ratio_groups(batch, scale, by),
+        )
+
+    def divisor_aligned(self, batch: Aligned) -> Tally:
+        """The divisor of the linear form; a ratio has none before the model has run."""
+        rank = len(batch.weighting.shape)
+        if self.is_ratio(rank):
+            raise InputError(f"{batch.where}: the divisor of a ratio depends on the predictions; take its tally.")
+        entries = tuple(batch.weighting.shape[a] for a in self._kept(rank))
+        return super().divisor_aligned(replace(batch, weighting=self._cell_weighting(batch, entries)))
+
+    def _ratio_groups(self, batch: Aligned, scale: Tensor | None, by: By) -> Groups:
+        rank = len(batch.weighting.shape)
+        kept, last = self._kept(rank), rank - 1
+        extra = {"class": last, "column": last, "sample": 0}.get(by) if isinstance(by, str) else None
+        if extra is None or any(a not in (0, last) for a in kept):
+            raise InputError(
+                f"{batch.where}: a ratio over the batch cannot be divided by {by if isinstance(by, str) else 'ids'!r}; "
+                "expected 'class' or 'sample', with no axis kept but the class axis."
+            )
+        keep = tuple(sorted({*kept, extra}))
+        detached = replace(batch, prediction=Prediction(batch.prediction.raw.detach()))
+        with torch.no_grad():
+            numerator, divisor = self._statistics(detached, keep)
+            if scale is not None:
+                numerator = numerator * scale
+        mask = batch.weighting.mask
+        axes = tuple(a for a in range(rank) if a not in keep)
+        whole = torch.ones((), dtype=torch.int64, device=numerator.device) if mask is None else mask
+        count = whole.expand(batch.weighting.shape).sum(axes)
+        classes = batch.weighting.shape[-1]
+        cell: tuple[int, ...] | None = None
+        if last in kept:
+            cell = tuple(range(classes)) if by != "sample" else tuple(range(classes)) * batch.weighting.shape[0]
+        keys: tuple[tuple[Any, str], ...] | None
+        if by == "sample":
+            keys = (
+                None
+                if last not in kept
+                else tuple(
+                    (sample, f"class {column}")
+                    for sample in range(batch.weighting.shape[0])
+                    for column in range(classes)
+                )
+            )
+        else:
+            keys = tuple((column, "") for column in range(classes))
+        rows = [t.reshape(-1) for t in (numerator, numerator, count, divisor)]
+        return Groups(str(by), keys, rows[0], rows[1], rows[2], rows[3], cell)
+
+    # --- the linear form: a loss for each sample and kept axis ------------------------------------------------
+
+    def _cell_weighting(self, batch: Aligned, entries: tuple[int, ...]) -> Weighting:
+        """The weighting of the cells: a cell counts when any of its elements does."""
+        rank = len(batch.weighting.shape)
+        reduced = self._reduced(rank)
+        shape = entries if rank - 1 not in reduced else (*entries, 1)
+        mask = batch.weighting.mask
+        if mask is not None:
+            mask = mask.expand(batch.weighting.shape)
+            for axis in reversed(reduced):
+                mask = mask.any(axis)
+            mask = mask.reshape(shape)
+        weight = self._outside(batch)
+        if weight is not None:
+            kept = [weight.shape[a] for a in self._kept(rank)]
+            weight = weight.reshape(*kept, *(1,) * (len(shape) - len(kept)))
+        columns = self._column_scale(batch)
+        if columns is not None:
+            weight = columns if weight is None else weight * columns
+        return Weighting(shape, mask, weight)
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        rank = len(batch.weighting.shape)
+        numerator, divisor = self._statistics(batch, self._kept(rank))
+        cells = numerator / (divisor + self.smooth)
+        return cells if rank - 1 not in self._reduced(rank) else cells.unsqueeze(-1)
+
+    def _entries(self, batch: Aligned) -> Tensor:
+        rank = len(batch.weighting.shape)
+        cells = self._elements(batch)
+        if not self.is_ratio(rank):
+            entries = tuple(batch.weighting.shape[a] for a in self._kept(rank))
+            product = self._cell_weighting(batch, entries).product
+            cells = cells if product is None else cells * product
+        return cells if rank - 1 not in self._reduced(rank) else cells.squeeze(-1)
+
+    def _tally_cells(self, batch: Aligned, by: By) -> Tally:
+        elements = self._elements(batch)
+        entries = tuple(batch.weighting.shape[a] for a in self._kept(len(batch.weighting.shape)))
+        cells = replace(batch, weighting=self._cell_weighting(batch, entries))
+        return self._tally_elements(cells, elements, by)
+
+    def _groups(self, batch: Aligned, weighted: Tensor, total: Tensor, weights: Weighting, by: By) -> Groups:
+        # A cell has no presence: it already compares all of its elements.
+        return super()._groups(batch, weighted, total, weights, "column" if by == "class" else by)
+
+    # --- the gradient, in closed form --------------------------------------------------------------------------
+
+    def backprop_aligned(
+        self, batch: Aligned, window: Tally | None, factor: float, by: By = None
+    ) -> tuple[Tally, Tensor]:
+        """The tally and `factor` times the gradient: `c (∂N/D* − N* ∂D/D*²)` with the window's N* and D*."""
+        rank = len(batch.weighting.shape)
+        tally = self.tally_aligned(batch, by)
+        kept = self._kept(rank)
+        shape = tuple(batch.weighting.shape[a] if a in kept else 1 for a in range(rank))
+        if self.is_ratio(rank):
+            whole = tally if window is None else window
+            divisor = whole.divisor + whole.offset
+            factor_n = factor * tally.coefficient * divide(torch.ones_like(divisor), divisor)
+            # The numerator of the tally already holds the class weights; the derivative takes them here.
+            scale = self._column_scale(batch)
+            factor_d = -factor_n * divide(whole.numerator, divisor)
+            if scale is not None:
+                factor_n = factor_n * scale.reshape(-1)
+        else:
+            whole = tally if window is None else window
+            numerator, own = self._statistics(batch, kept)
+            entries = tuple(batch.weighting.shape[a] for a in kept)
+            product = self._entry_weight(replace(batch, weighting=self._cell_weighting(batch, entries)))
+            weight = 1.0 if product is None else product.squeeze(-1) if rank - 1 not in kept else product
+            factor_n = factor * reciprocal(whole.divisor + whole.offset, numerator.dtype) * weight
+            factor_n = factor_n / (own + self.smooth)
+            factor_d = -factor_n * numerator / (own + self.smooth)
+        gradient = self._pull_back(batch, factor_n.reshape(shape), factor_d.reshape(shape))
+        return tally, gradient
+
+    def _pull_back(self, batch: Aligned, factor_n: Tensor, factor_d: Tensor) -> Tensor:
+        """From factors on numerator and divisor to the gradient with respect to the output."""
+        kappa, alpha, beta = self._coefficients
+        y = batch.y_true
+        # ∂N/∂p = α(1 − y) − βy and ∂D/∂p = ∂N/∂p + κy.
+        wrong = alpha - (alpha + beta) * y
+        gradient = wrong * (factor_n + factor_d) + (kappa * factor_d) * y
+        inside = self._inside(batch)
+        if inside is not None:
+            gradient = gradient * inside
+        if self.from_logits == "sigmoid":
+            p = batch.prediction.sigmoid()
+            return gradient * (p * (1 - p))
+        if self.from_logits == "softmax":
+            p = batch.prediction.softmax()
+            return p * (gradient - (p * gradient).sum(-1, keepdim=True))
+        return gradient.to(batch.prediction.raw.dtype)
+
+
+class Dice(_Overlap):
+    """Dice loss: `1 − 2 Σ y·p / (Σ y + Σ p)`, with ε in the divisor.
+
+    Args:
+        axis: axes of the sums. `None`: all, also the batch (Keras's default): one number. `(1, 2)` on `[B, H, W, C]`:
+            a loss for each sample and column, then their mean. `(0, 1, 2)`: one for each column over the whole batch.
+        from_logits: `False` for probabilities, `"sigmoid"` or `"softmax"` for logits.
+        smooth: ε > 0, added to the divisor.
+        reduction: of the kept cells; `sum` adds them, the others take their mean.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Weights: on reduced axes they enter the sums (a sample of weight 2 counts twice), on kept axes they multiply.
+
+    Divides by: Σ y + Σ p of each cell, then the number of cells.
+
+    Raises:
+        InputError: shapes that differ, probabilities or targets outside [0, 1].
+
+    Example:
+        >>> import lossledger as ll
+        >>> round(float(ll.losses.Dice()([[1.0, 0.0]], [[0.5, 0.5]])), 4)
+        0.5
+
+    Source: Milletari et al. 2016; keras.losses.Dice 3.15, which gives 1 where target and prediction are empty, ours 0.
+    """
+
+    def __init__(
+        self,
+        axis: int | tuple[int, ...] | None = None,
+        from_logits: bool | str = False,
+        smooth: float = EPSILON,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "dice",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__((2.0, 1.0, 1.0), axis, from_logits, smooth, name, reduction, dtype)
+
+
+class Jaccard(_Overlap):
+    """Jaccard (intersection over union) loss: `1 − Σ y·p / (Σ y + Σ p − Σ y·p)`, with ε in the divisor.
+
+    Args:
+        axis: axes of the sums, as for `Dice`.
+        from_logits: `False`, `"sigmoid"` or `"softmax"`.
+        smooth: ε > 0, added to the divisor.
+        reduction: of the kept cells.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Divides by: the union of each cell, then the number of cells.
+
+    Raises:
+        InputError: as `Dice`.
+
+    Example:
+        >>> import lossledger as ll
+        >>> round(float(ll.losses.Jaccard()([[1.0, 0.0]], [[0.5, 0.5]])), 4)
+        0.6667
+
+    Source: Jaccard 1912; soft form as in segmentation_models.pytorch 0.6.
+    """
+
+    def __init__(
+        self,
+        axis: int | tuple[int, ...] | None = None,
+        from_logits: bool | str = False,
+        smooth: float = EPSILON,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "jaccard",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__((1.0, 1.0, 1.0), axis, from_logits, smooth, name, reduction, dtype)
+
+
+class Tversky(_Overlap):
+    """Tversky loss: `1 − TP / (TP + α·FP + β·FN)`, with ε in the divisor.
+
+    Args:
+        alpha: α ≥ 0, the weight of false positives.
+        beta: β ≥ 0, the weight of false negatives. Above α it favours recall.
+        axis: axes of the sums, as for `Dice`.
+        from_logits: `False`, `"sigmoid"` or `"softmax"`.
+        smooth: ε > 0, added to the divisor.
+        reduction: of the kept cells.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Divides by: TP + α·FP + β·FN of each cell, then the number of cells.
+
+    Raises:
+        InputError: as `Dice`; a negative weight.
+
+    Example:
+        >>> import lossledger as ll
+        >>> round(float(ll.losses.Tversky(alpha=0.3, beta=0.7)([[1.0, 0.0]], [[0.5, 0.5]])), 4)
+        0.5
+
+    Source: Salehi et al. 2017. Keras 3.15 swaps the two weights (alpha multiplies false negatives there).
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        axis: int | tuple[int, ...] | None = None,
+        from_logits: bool | str = False,
+        smooth: float = EPSILON,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "tversky",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__((1.0, alpha, beta), axis, from_logits, smooth, name, reduction, dtype)
+        if alpha < 0 or beta < 0:
+            raise InputError(f"{self.name}: alpha and beta must not be negative; received {alpha!r} and {beta!r}.")
+        self.alpha = alpha
+        self.beta = beta
+
+
+def dice(y_true: Any, y_pred: Any, axis: int | tuple[int, ...] | None = None) -> Tensor:
+    """The Dice loss of each kept cell; see `Dice`."""
+    return Dice(axis, reduction="none")(y_true, y_pred)
+
+
+def jaccard(y_true: Any, y_pred: Any, axis: int | tuple[int, ...] | None = None) -> Tensor:
+    """The Jaccard loss of each kept cell; see `Jaccard`."""
+    return Jaccard(axis, reduction="none")(y_true, y_pred)
+
+
+def tversky(
+    y_true: Any, y_pred: Any, alpha: float = 0.5, beta: float = 0.5, axis: int | tuple[int, ...] | None = None
+) -> Tensor:
+    """The Tversky loss of each kept cell; see `Tversky`."""
+    return Tversky(alpha, beta, axis, reduction="none")(y_true, y_pred)

@@ -1,0 +1,45 @@
+"""The model's output together with its activations, each computed at most once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Space = Literal["logits", "probabilities"] | None
+"""How a loss reads the output of the model; `None` when it does not matter (regression)."""
+
+
+class Prediction:
+    """An output, class axis last, whose sigmoid and softmax are shared by all losses that read it.
+
+    Args:
+        raw: `[B, d…, C]`, the output as the model gave it, at least float32.
+    """
+
+    __slots__ = ("_log_softmax", "_sigmoid", "_softmax", "raw")
+
+    def __init__(self, raw: Tensor) -> None:
+        self.raw = raw
+        self._sigmoid: Tensor | None = None
+        self._softmax: Tensor | None = None
+        self._log_softmax: Tensor | None = None
+
+    def sigmoid(self) -> Tensor:
+        """Independent probabilities of logits."""
+        if self._sigmoid is None:
+            self._sigmoid = torch.sigmoid(self.raw)
+        return self._sigmoid
+
+    def log_softmax(self) -> Tensor:
+        """Logarithms of the probabilities of exclusive classes."""
+        if self._log_softmax is None:
+            self._log_softmax = torch.log_softmax(self.raw, -1)
+        return self._log_softmax
+
+    def softmax(self) -> Tensor:
+        """Probabilities of exclusive classes."""
+        if self._softmax is None:
+            self._softmax = self.log_softmax().exp()
+        return self._softmax

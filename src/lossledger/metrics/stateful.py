@@ -1,0 +1,148 @@
+"""Metrics of torchmetrics, which keep their own state: `update`, `compute`, `reset`.
+
+Their protocol is not that of `Metric`: nothing is added here, so nothing is promised about splits, weights or masks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from lossledger.errors import InputError, InputTypeError
+from lossledger.metrics.metric import Result
+from lossledger.weighting import as_tensor
+
+
+def is_torchmetrics(metric: Any) -> bool:
+    """Whether an object is a metric of torchmetrics, without importing it.
+
+    Subclasses of the user's own count: what they inherit from decides.
+    """
+    if isinstance(metric, type) or not all(hasattr(metric, name) for name in ("update", "compute", "reset")):
+        return False
+    return any(base.__module__.split(".")[0] == "torchmetrics" for base in type(metric).__mro__)
+
+
+@final
+class TorchMetric:
+    """A metric of torchmetrics, called as it expects: `(preds, target)`.
+
+    Args:
+        metric: a `torchmetrics.Metric`. It is used, moved to the device of the predictions and reset, not copied.
+        name: name of the metric; its class name in snake case if not given.
+
+    Raises:
+        InputTypeError: no metric of torchmetrics, or a collection of several.
+
+    Example:
+        >>> import torchmetrics
+        >>> metric = TorchMetric(torchmetrics.MeanAbsoluteError())
+        >>> metric.update(torch.zeros(2), torch.tensor([1.0, 2.0]))
+        >>> metric.compute()
+        Result(value=1.5, by_class=None)
+
+    Source: torchmetrics 1.9.
+    """
+
+    def __init__(self, metric: Any, name: str | None = None) -> None:
+        if not is_torchmetrics(metric):
+            raise InputTypeError(
+                f"Expected a metric object of torchmetrics (update, compute, reset), received {metric!r}."
+            )
+        if isinstance(metric, nn.ModuleDict):
+            raise InputTypeError("Expected one metric, received a MetricCollection. Pass its metrics one by one.")
+        self.metric = metric
+        self.name = name or _snake(type(metric).__name__)
+        self._classifies = any(
+            base.__module__.startswith("torchmetrics.classification") for base in type(metric).__mro__
+        )
+        self._updated = False
+
+    @torch.no_grad()
+    def update(self, y_true: Any, y_pred: Any, sample_weight: Any = None, mask: Any = None) -> None:
+        """Take in a batch.
+
+        Args:
+            y_true: targets; labels that are whole floats become integers for a classification metric.
+            y_pred: predictions.
+            sample_weight: must be `None`.
+            mask: must be `None`.
+
+        Raises:
+            InputError: a weight or a mask, for which torchmetrics has no place; class labels that are not whole.
+        """
+        for what, value in (("sample_weight", sample_weight), ("mask", mask)):
+            if value is not None:
+                raise InputError(
+                    f"{self.name}: a torchmetrics metric takes no {what}; expected None, received "
+                    f"{type(value).__name__}. Use a metric of lossledger.metrics, or pass this one without weights and "
+                    "masks."
+                )
+        pred = as_tensor(y_pred, f"{self.name}: y_pred")
+        true = as_tensor(y_true, f"{self.name}: y_true", device=pred.device)
+        if self._classifies and true.is_floating_point():
+            true = self._labels(true)
+        if self.metric.device != pred.device:
+            self.metric.to(pred.device)
+        self.metric.update(pred, true)
+        self._updated = True
+
+    def _labels(self, y_true: Tensor) -> Tensor:
+        labels = y_true.long()
+        if bool((labels != y_true).any()):
+            raise InputError(
+                f"{self.name}: a classification metric of torchmetrics needs integer labels; received targets that are "
+                "not whole numbers. Pass 0 and 1, or class indices."
+            )
+        return labels
+
+    def compute(self) -> Result:
+        """The value of all batches since the last reset; NaN when there were none.
+
+        A vector is taken as one value a class, and `value` as the mean of those that are not NaN.
+
+        Raises:
+            InputTypeError: the metric computes something else than numbers in one row.
+        """
+        if not self._updated:
+            return Result(math.nan)
+        value = self.metric.compute()
+        if not isinstance(value, Tensor) or value.ndim > 1:
+            raise InputTypeError(
+                f"{self.name}: expected a scalar or one value a class from torchmetrics, received "
+                f"{type(value).__name__} {tuple(getattr(value, 'shape', ()))}."
+            )
+        if value.ndim == 0:
+            return Result(float(value))
+        value = value.double().cpu()
+        return Result(float(value.nanmean()), tuple(value.tolist()))
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.metric.reset()
+        self._updated = False
+
+    def __repr__(self) -> str:
+        return f"TorchMetric({self.metric!r}, name={self.name!r})"
+
+
+def from_torchmetrics(metric: Any, name: str | None = None) -> TorchMetric:
+    """A metric of torchmetrics as a `TorchMetric`.
+
+    Args:
+        metric: a `torchmetrics.Metric`.
+        name: name of the metric.
+
+    Raises:
+        InputTypeError: no metric of torchmetrics.
+    """
+    return TorchMetric(metric, name)
+
+
+def _snake(name: str) -> str:
+    """`MulticlassF1Score` as `multiclass_f1_score`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

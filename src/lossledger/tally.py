@@ -1,0 +1,235 @@
+"""Additive statistics: what a part of the data adds up to.
+
+A loss is never stored as a mean. A part of the data (a batch, a micro-batch, the share of a rank, an epoch) is
+described by sums that add with `+`, and one formula turns the sums of any whole into its loss:
+
+    value = coefficient · Σ_g numerator_g / (divisor_g + offset)
+
+* A mean has one cell `g`: the numerator is the weighted sum of the elements, the divisor what the reduction divides by.
+* A sum has the divisor 0 and the offset 1 (or the length of the class axis): nothing that depends on the data divides.
+* Dice, Jaccard and Tversky whose statistics run over the batch have a cell for each kept class, a divisor that
+  depends on the predictions, and the smoothing constant as the offset.
+
+Because statistics add, the same `+` merges micro-batches, ranks and epochs, in any order and any grouping.
+
+Nothing here imports torch: statistics may be Python numbers, fractions, NumPy arrays or torch tensors, which is also
+how the laws are tested exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from lossledger.errors import InputError
+
+Number = Any
+"""A Python number, a fraction, a NumPy scalar or array, or a torch tensor."""
+
+GroupKey = tuple[Hashable, str]
+"""Name of a group, and "present", "absent" or "" (a binary loss splits each class by what the target says)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Groups:
+    """How a tally divides over groups (classes, samples, columns); every row adds up over the parts of the data.
+
+    Args:
+        kind: what the groups are: `"class"`, `"label"`, `"sample"`, `"column"` or a name of the caller's.
+        keys: one `(name, presence)` a row, or `None` when the rows are positions, in order: then `+` appends.
+        numerator: `[R]`, the share of the row in the numerator of its cell.
+        total: `[R]`, Σ weight · element. The numerator, except where a reduction rescales entries.
+        count: `[R]`, number of unmasked elements.
+        weight: `[R]`, Σ weight · mask; for a ratio the share of the row in the divisor.
+        cell: `R` positions of the divisor that divides each row, or `None` when there is one divisor.
+    """
+
+    kind: str
+    keys: tuple[GroupKey, ...] | None
+    numerator: Number
+    total: Number
+    count: Number
+    weight: Number
+    cell: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.numerator)
+
+    def __add__(self, other: Groups) -> Groups:
+        if self.kind != other.kind or (self.keys is None) != (other.keys is None):
+            raise InputError(
+                f"Tallies with different groups cannot be added: expected groups by {self.kind!r} on both sides, "
+                f"received {other.kind!r}. Compute both tallies with the same `by`."
+            )
+        if self.keys is not None and self.keys == other.keys and self.cell == other.cell:
+            here: list[int] | None = None
+            there, keys, cell = None, self.keys, self.cell
+        else:
+            here, there, keys, cell = _places(self, other)
+        size = (
+            len(self) if keys is None and here is None else (len(keys) if keys is not None else len(self) + len(other))
+        )
+
+        def merge(mine: Number, theirs: Number) -> Number:
+            if here is None or there is None:
+                return mine + theirs
+            return _spread(mine, here, size) + _spread(theirs, there, size)
+
+        return Groups(
+            self.kind,
+            keys,
+            merge(self.numerator, other.numerator),
+            merge(self.total, other.total),
+            merge(self.count, other.count),
+            merge(self.weight, other.weight),
+            cell,
+        )
+
+
+def _places(a: Groups, b: Groups) -> tuple[list[int], list[int], tuple[GroupKey, ...] | None, tuple[int, ...] | None]:
+    """Where the rows of `a` and of `b` go in their union."""
+    cells = None if a.cell is None or b.cell is None else (a.cell, b.cell)
+    if a.keys is None or b.keys is None:
+        here, there = list(range(len(a))), list(range(len(a), len(a) + len(b)))
+        return here, there, None, None if cells is None else cells[0] + cells[1]
+    position: dict[GroupKey, int] = {key: i for i, key in enumerate(a.keys)}
+    for key in b.keys:
+        position.setdefault(key, len(position))
+    cell = None
+    if cells is not None:
+        by_key = dict(zip(a.keys, cells[0], strict=True)) | dict(zip(b.keys, cells[1], strict=True))
+        cell = tuple(by_key[key] for key in position)
+    return [position[k] for k in a.keys], [position[k] for k in b.keys], tuple(position), cell
+
+
+def _spread(values: Number, places: list[int], size: int) -> Number:
+    """`values` at `places` of a row of zeros: an array of the same kind (NumPy of any dtype, torch)."""
+    zeros = values.new_zeros(size) if hasattr(values, "new_zeros") else np.zeros(size, dtype=np.asarray(values).dtype)
+    zeros[places] = values
+    return zeros
+
+
+def divide(numerator: Number, divisor: Number) -> Number:
+    """`numerator / divisor`, and 0 where the divisor is 0: a part that counted nothing says nothing.
+
+    >>> divide(3.0, 2.0), divide(0.0, 0.0)
+    (1.5, 0.0)
+    """
+    empty = divisor == 0
+    if isinstance(empty, bool):
+        return numerator * 0 if empty else numerator / divisor
+    # Comparisons of arrays stay on their device: no branch here may read a value.
+    return numerator * (divisor != 0) / (divisor + empty)
+
+
+def _sum(values: Number) -> Number:
+    return values.sum() if hasattr(values, "sum") else values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tally:
+    """What a part of the data adds up to; tallies of unequal parts add with `+` to the tally of the whole.
+
+    `value = coefficient · Σ_g numerator_g / (divisor_g + offset)`, and 0 where a divisor is 0.
+
+    Args:
+        numerator: a scalar, or `[G]` with one entry a cell.
+        divisor: additive statistic that divides, of the same shape.
+        count: number of unmasked elements.
+        weight: Σ weight · mask over the elements.
+        coefficient: constant factor, the same for every part.
+        offset: constant added to the divisor, the same for every part.
+        form: `"linear"` when the divisor is a function of masks, weights and labels only; `"ratio"` when it depends on
+            the predictions.
+        nonfinite: number of NaN or infinite elements.
+        groups: how the tally divides over groups.
+
+    Returns of `value` and `contributions()` have the kind of the statistics: a torch tensor stays differentiable.
+
+    Example:
+        >>> first, second = Tally(6.0, 3, 3, 3.0), Tally(8.0, 1, 1, 1.0)
+        >>> (first + second).value            # not (2 + 8) / 2
+        3.5
+        >>> sum([first, second]).count
+        4
+    """
+
+    numerator: Number
+    divisor: Number
+    count: Number
+    weight: Number
+    coefficient: Number = 1
+    offset: Number = 0
+    form: Literal["linear", "ratio"] = "linear"
+    nonfinite: Number = 0
+    groups: Groups | None = field(default=None)
+
+    @classmethod
+    def zero(cls) -> Tally:
+        """The tally of no data: `zero() + t` and `t + zero()` are `t`."""
+        return _ZERO
+
+    @property
+    def value(self) -> Number:
+        """The loss of the part: numerator over divisor, 0 when nothing counted."""
+        return self.coefficient * _sum(divide(self.numerator, self.divisor + self.offset))
+
+    def contributions(self) -> Number:
+        """`[R]`, the share of each group in `value`; they sum to it.
+
+        Raises:
+            InputError: the tally was made without groups.
+        """
+        if self.groups is None:
+            raise InputError(
+                "This tally has no groups: expected one computed with `by`, received one without. "
+                'Ask for them: loss.tally(y_true, y_pred, by="class").'
+            )
+        divisor = self.divisor + self.offset
+        if self.groups.cell is not None:
+            divisor = divisor[list(self.groups.cell)]
+        return self.coefficient * divide(self.groups.numerator, divisor)
+
+    def scaled(self, factor: Number) -> Tally:
+        """The tally whose value is `factor` times this one's."""
+        return replace(self, coefficient=self.coefficient * factor)
+
+    def __add__(self, other: Tally) -> Tally:
+        if not isinstance(other, Tally):
+            return NotImplemented
+        if self is _ZERO:
+            return other
+        if other is _ZERO:
+            return self
+        if (self.coefficient, self.offset, self.form) != (other.coefficient, other.offset, other.form):
+            raise InputError(
+                "Tallies of different losses cannot be added: expected coefficient, offset and form "
+                f"{(self.coefficient, self.offset, self.form)}, received "
+                f"{(other.coefficient, other.offset, other.form)}. Add tallies of one loss; add values of several."
+            )
+        if (self.groups is None) != (other.groups is None):
+            raise InputError(
+                "A tally with groups and one without cannot be added: the groups would no longer sum to the total. "
+                "Compute both with the same `by`."
+            )
+        return Tally(
+            self.numerator + other.numerator,
+            self.divisor + other.divisor,
+            self.count + other.count,
+            self.weight + other.weight,
+            self.coefficient,
+            self.offset,
+            self.form,
+            self.nonfinite + other.nonfinite,
+            None if self.groups is None or other.groups is None else self.groups + other.groups,
+        )
+
+    def __radd__(self, other: object) -> Tally:
+        # sum() starts from the integer 0.
+        return self if other == 0 and isinstance(other, int) else NotImplemented
+
+
+_ZERO = Tally(0, 0, 0, 0)

@@ -1,0 +1,260 @@
+"""The loop: passes over the data, with numbers read by the host at log points only, ten times a second at most."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossledger.errors import EmptyDataError
+from lossledger.objective import Objective
+from lossledger.tally import Tally
+from lossledger.training import posting
+from lossledger.training.callbacks import Callback, overrides
+from lossledger.training.data import Batch, Data, to_device
+from lossledger.training.measure import Measures, MetricPlan
+from lossledger.training.progress import Show
+from lossledger.training.running import Running
+from lossledger.training.step import StepPlan, bad_elements, run_forward, train_step
+from lossledger.training.trace import nonfinite_error
+
+LOG_SECONDS = 0.1
+# Batches kept since the last log point, to name the samples of a bad one.
+RECENT = 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassResult:
+    """What a pass over the data adds up to.
+
+    Args:
+        tallies: by term, on the host.
+        logs: numbers by name, losses then metrics.
+        metrics: results by name, with their classes.
+        steps: number of batches.
+        seconds: duration.
+    """
+
+    tallies: dict[str, Tally]
+    logs: dict[str, float]
+    metrics: dict[str, Any]
+    steps: int
+    seconds: float
+
+
+class Pass:
+    """One pass over the data: running tallies, metrics, and the log points.
+
+    Args:
+        objective: names the terms.
+        plans: the metrics.
+        device: of the model.
+        show: the progress display.
+    """
+
+    def __init__(
+        self, objective: Objective, plans: tuple[MetricPlan, ...], device: torch.device, show: Show, title: str
+    ) -> None:
+        self.objective = objective
+        self.running = Running(device)
+        self.measures = Measures(objective, plans)
+        self.show, self.title = show, title
+        self.steps = 0
+        self.started = self._logged = time.perf_counter()
+        self._last: dict[str, Tally] = {}
+
+    def add(self, batch: Batch, tallies: dict[str, Tally], outputs: Any) -> None:
+        """Add a batch; nothing is read."""
+        self.steps += 1
+        self.running.add(tallies)
+        self.measures.add(batch, outputs)
+        self._last = tallies
+
+    @property
+    def due(self) -> bool:
+        """Whether a log point has come."""
+        return time.perf_counter() - self._logged >= LOG_SECONDS
+
+    def log(self) -> dict[str, Tally]:
+        """A log point: read the sums and show them."""
+        tallies = self.running.read()
+        self._logged = time.perf_counter()
+        if self.show.wants_numbers:
+            values = posting.logs(self.objective, tallies)
+            last = posting.logs(self.objective, self._last)["loss"]
+            shown = {"loss": values.pop("loss"), "last": last, **values, **self._metric_values()}
+            self.show.update(self.steps, self._logged - self.started, shown)
+        return tallies
+
+    def current(self) -> dict[str, float]:
+        """The numbers so far, read now."""
+        return {**posting.logs(self.objective, self.running.read()), **self._metric_values()}
+
+    def result(self) -> PassResult:
+        """The sums of the whole pass."""
+        tallies = self.running.read()
+        measured = self.measures.read()
+        logs = posting.logs(self.objective, tallies) | {name: r.value for name, r in measured.items()}
+        return PassResult(tallies, logs, measured, self.steps, time.perf_counter() - self.started)
+
+    def _metric_values(self) -> dict[str, float]:
+        return {name: result.value for name, result in self.measures.read().items()}
+
+
+class LazyLogs(Mapping[str, float]):
+    """The numbers so far, read from the device when somebody looks."""
+
+    def __init__(self, read: Callable[[], dict[str, float]]) -> None:
+        self._read = read
+        self._values: dict[str, float] | None = None
+
+    def _now(self) -> dict[str, float]:
+        if self._values is None:
+            self._values = self._read()
+        return self._values
+
+    def __getitem__(self, name: str) -> float:
+        return self._now()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._now())
+
+    def __len__(self) -> int:
+        return len(self._now())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainOptions:
+    """How an epoch of training runs, resolved once in `fit`."""
+
+    batch_size: int
+    steps: int | None
+    by: str | None
+    on_nonfinite: str
+    checked: bool
+    callbacks: Sequence[Callback]
+    after_step: Callable[[], None] | None
+
+
+def train_epoch(
+    plan: StepPlan, data: Data, order: Tensor | None, options: TrainOptions, current: Pass, first_step: int
+) -> PassResult:
+    """One epoch of training.
+
+    Raises:
+        EmptyDataError: the data gave no batch.
+        NonFiniteError: the loss is not finite, and `on_nonfinite` is "raise".
+    """
+    plan.net.train()
+    device = plan.parameters[0].device
+    begin = [c for c in options.callbacks if overrides(c, "on_train_batch_begin")]
+    end = [c for c in options.callbacks if overrides(c, "on_train_batch_end")]
+    recent: deque[tuple[int, Batch, dict[str, Tally]]] = deque(maxlen=RECENT)
+    watch = options.on_nonfinite == "raise"
+    batches = itertools.islice(data.batches(options.batch_size, order), options.steps)
+    for index, host in enumerate(batches):
+        batch = to_device(host, device)
+        for callback in begin:
+            callback.on_train_batch_begin(index, {})
+        tallies, outputs = train_step(plan, batch, options.by, options.checked)
+        if options.on_nonfinite == "skip":
+            tallies = without_bad(tallies)
+        current.add(batch, tallies, outputs)
+        if options.after_step is not None:
+            options.after_step()
+        if watch:
+            recent.append((first_step + index, batch, tallies))
+        if current.due:
+            sums = current.log()
+            if watch:
+                stop_if_bad(plan, sums, recent)
+            recent.clear()
+        for callback in end:
+            callback.on_train_batch_end(index, LazyLogs(current.current))
+    if current.steps == 0:
+        raise EmptyDataError(
+            "fit: the data gave no batch in this epoch; expected at least one. A generator is exhausted after one "
+            "pass: pass a list, a DataLoader, or an object whose __iter__ starts over."
+        )
+    result = current.result()
+    if watch:
+        stop_if_bad(plan, result.tallies, recent)
+    return result
+
+
+def stop_if_bad(plan: StepPlan, sums: dict[str, Tally], recent: Sequence[tuple[int, Batch, dict[str, Tally]]]) -> None:
+    """Raise the error of the first recent step that is not finite, if the sums say there was one."""
+    if not any(int(t.nonfinite) for t in sums.values()):
+        return
+    for step, batch, tallies in recent:
+        if int(bad_elements(tallies)):
+            with torch.no_grad():
+                outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.parameters[0].device.type)
+            raise nonfinite_error(plan.objective, step, tallies, batch, outputs)
+    raise nonfinite_error(plan.objective, 0, sums, None, None)
+
+
+def without_bad(tallies: dict[str, Tally]) -> dict[str, Tally]:
+    """The tallies of a step that is left out when it is not finite: nothing of it counts but the record of it."""
+    good = bad_elements(tallies) == 0
+
+    def keep(value: Any) -> Any:
+        tensor = torch.as_tensor(value, device=good.device)
+        return torch.where(good, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+    kept = {}
+    for name, tally in tallies.items():
+        groups = tally.groups
+        if groups is not None:
+            groups = replace(
+                groups,
+                numerator=keep(groups.numerator),
+                total=keep(groups.total),
+                count=keep(groups.count),
+                weight=keep(groups.weight),
+            )
+        kept[name] = replace(
+            tally,
+            numerator=keep(tally.numerator),
+            divisor=keep(tally.divisor),
+            count=keep(tally.count),
+            weight=keep(tally.weight),
+            groups=groups,
+        )
+    return kept
+
+
+def evaluate_pass(
+    plan: StepPlan, data: Data, batch_size: int, steps: int | None, current: Pass, checked: bool
+) -> PassResult:
+    """One pass without training: the weights stand still, so the numbers are frozen.
+
+    Raises:
+        EmptyDataError: the data gave no batch.
+    """
+    was_training = plan.net.training
+    plan.net.eval()
+    device = plan.parameters[0].device if plan.parameters else torch.device("cpu")
+    objective = plan.objective
+    try:
+        with torch.no_grad():
+            for host in itertools.islice(data.batches(batch_size, None), steps):
+                batch = to_device(host, device)
+                outputs = run_forward(plan.forward, batch.x, plan.autocast, device.type)
+                tallies = objective.tallies(batch.y, outputs, batch.sample_weight, batch.mask, "class", checked)
+                current.add(batch, tallies, outputs)
+                if current.due:
+                    current.log()
+            if current.steps == 0:
+                raise EmptyDataError("evaluate: the data gave no batch; expected at least one.")
+            # The weights stand still, so a penalty on them counts once, not once a batch.
+            current.running.add(objective.penalty_tallies(plan.net))
+    finally:
+        plan.net.train(was_training)
+    return current.result()

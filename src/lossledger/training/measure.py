@@ -1,0 +1,145 @@
+"""Metrics of an epoch: their statistics are added up on the device, and read with the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossledger import metrics
+from lossledger.errors import InputError, UnknownNameError
+from lossledger.ledger import MetricRow
+from lossledger.losses.loss import Expression, Loss
+from lossledger.objective import Objective, Outputs
+from lossledger.training.data import Batch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MetricPlan:
+    """A metric, the output that it reads, its name in History, and whether sample weights apply."""
+
+    name: str
+    output: str
+    metric: Any
+    weighted: bool
+
+
+def plan(objective: Objective, given: Any, weighted: Any) -> tuple[MetricPlan, ...]:
+    """The metrics of `compile`, resolved once.
+
+    Raises:
+        UnknownNameError: an output or metric that does not exist.
+        InputError: two metrics of one name.
+    """
+    plans = [*_plans(objective, given, False), *_plans(objective, weighted, True)]
+    names = [p.name for p in plans]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"metrics: the name {name!r} is used twice; give one metric another name.")
+    return tuple(plans)
+
+
+def _plans(objective: Objective, given: Any, weighted: bool) -> list[MetricPlan]:
+    if given is None:
+        return []
+    by_output: dict[str, Any] = {}
+    if isinstance(given, Mapping):
+        unknown = [name for name in given if name not in objective.outputs]
+        if unknown:
+            raise UnknownNameError("output in metrics", unknown[0], objective.outputs)
+        by_output = dict(given)
+    elif objective.structure == "one":
+        by_output = {"": given}
+    elif isinstance(given, list | tuple) and len(given) == len(objective.outputs):
+        by_output = dict(zip(objective.outputs, given, strict=True))
+    else:
+        raise InputError(
+            f"metrics: expected a dict by output, or one entry for each of {list(objective.outputs)}; "
+            f"received {given!r}."
+        )
+    found = []
+    for output, entries in by_output.items():
+        for entry in entries if isinstance(entries, list | tuple) else [entries]:
+            if entry is None:
+                continue
+            metric = metrics.get(entry, _loss_of(objective, output))
+            name = f"{output}_{metric.name}" if output else metric.name
+            found.append(MetricPlan(name, output, metric, weighted))
+    return found
+
+
+def _loss_of(objective: Objective, output: str) -> Loss | Expression | None:
+    terms = tuple((t.coefficient, t.loss) for t in objective.terms if t.output == output)
+    if not terms:
+        return None
+    return terms[0][1] if len(terms) == 1 else Expression(terms)
+
+
+class Measures:
+    """The metrics of one pass over the data.
+
+    Args:
+        objective: knows the outputs.
+        plans: the metrics.
+    """
+
+    def __init__(self, objective: Objective, plans: tuple[MetricPlan, ...]) -> None:
+        self._objective = objective
+        self._plans = plans
+        self._sums: dict[str, Tensor] = {}
+        for p in plans:
+            if isinstance(p.metric, metrics.TorchMetric):
+                p.metric.reset()
+
+    def add(self, batch: Batch, y_pred: Any) -> None:
+        """Add a batch; nothing is read."""
+        if not self._plans:
+            return
+        if isinstance(y_pred, Outputs):
+            y_pred = y_pred.outputs
+        trues = self._objective.split(batch.y, "y_true", frozenset())
+        preds = self._objective.split(y_pred, "y_pred")
+        weights = self._objective.split_optional(batch.sample_weight, "sample_weight")
+        masks = self._objective.split_optional(batch.mask, "mask")
+        with torch.no_grad():
+            for p in self._plans:
+                key = p.output
+                if isinstance(p.metric, metrics.TorchMetric):
+                    p.metric.update(trues[key], preds[key].detach())
+                    continue
+                weight = weights.get(key) if p.weighted else None
+                sums = p.metric.statistics(trues[key], preds[key].detach(), weight, masks.get(key))
+                known = self._sums.get(p.name)
+                self._sums[p.name] = sums if known is None else known.add_(sums)
+
+    def read(self) -> dict[str, metrics.Result]:
+        """The metrics so far: one transfer."""
+        flat = [t.reshape(-1).double() for t in self._sums.values()]
+        host = torch.cat(flat).cpu().numpy() if flat else np.zeros(0)
+        found: dict[str, metrics.Result] = {}
+        start = 0
+        for p in self._plans:
+            if isinstance(p.metric, metrics.TorchMetric):
+                found[p.name] = p.metric.compute()
+                continue
+            if p.name in self._sums:
+                size = self._sums[p.name].numel()
+                part = host[start : start + size].reshape(tuple(self._sums[p.name].shape))
+                found[p.name] = p.metric.result(part)
+                start += size
+        return found
+
+
+def metric_rows(objective: Objective, results: Mapping[str, metrics.Result], split: str, epoch: int) -> list[MetricRow]:
+    """Ledger rows of metrics: the value, and one for each class."""
+    rows = []
+    for name, result in results.items():
+        rows.append(MetricRow(split, epoch, name, "", result.value))
+        by_class = result.by_class or ()
+        for index, value in enumerate(by_class):
+            rows.append(MetricRow(split, epoch, name, objective.group_name(index, len(by_class)), value))
+    return rows

@@ -1,0 +1,80 @@
+"""Where the first NaN or infinity came from: the step, the term, the samples, and what was already bad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossledger.errors import LossledgerError, NonFiniteError
+from lossledger.objective import Objective
+from lossledger.tally import Tally
+from lossledger.training.data import Batch, leaves
+
+
+def nonfinite_error(
+    objective: Objective, step: int, tallies: dict[str, Tally], batch: Batch | None, outputs: Any
+) -> LossledgerError:
+    """The error for the first step whose loss is not finite.
+
+    Args:
+        objective: knows the terms.
+        step: number of the step, from 1.
+        tallies: of the step.
+        batch: the batch, or `None` when it is no longer at hand.
+        outputs: what the model makes of the batch now, or `None`.
+
+    Returns:
+        a `NonFiniteError`; or the error that explains it better, such as predictions that are no probabilities.
+    """
+    bad = {name: int(t.nonfinite) for name, t in tallies.items() if int(t.nonfinite) > 0}
+    terms = ", ".join(f"{name!r} ({count:,} elements)" for name, count in bad.items())
+    message = f"step {step}: the loss is not finite; expected finite elements, received NaN or infinity in {terms}."
+    if batch is not None:
+        if outputs is not None:
+            try:
+                objective.align(batch.y, outputs, batch.sample_weight, batch.mask)
+            except LossledgerError as better:
+                return better
+            message += _samples(objective, batch, outputs, set(bad))
+        message += _already_bad(batch, outputs)
+    return NonFiniteError(
+        message + " The weights were not updated with this step. Look at those samples, lower the learning rate, or "
+        "set clip_norm; on_nonfinite='skip' leaves such steps out."
+    )
+
+
+def _samples(objective: Objective, batch: Batch, outputs: Any, terms: set[str]) -> str:
+    """Which samples of the batch have non-finite elements."""
+    batches, _, size = objective.align(batch.y, outputs, batch.sample_weight, batch.mask, checked=True)
+    for plan, aligned in zip(objective.terms, batches, strict=True):
+        if plan.name not in terms:
+            continue
+        found = torch.zeros(size, dtype=torch.bool)
+        for tensor in (aligned.prediction.raw, aligned.y_true, aligned.weighting.product):
+            if tensor is not None and tensor.ndim and tensor.shape[0] == size:
+                found |= ~torch.isfinite(tensor.detach().float()).reshape(size, -1).all(1).cpu()
+        positions = found.nonzero().flatten()
+        if len(positions):
+            named = "data set indices" if batch.ids is not None else "positions in the batch"
+            ids = positions if batch.ids is None else batch.ids[positions]
+            shown = ", ".join(str(int(i)) for i in ids[:8]) + (", …" if len(ids) > 8 else "")
+            return f" {len(positions)} of {size} samples are bad ({named} {shown})."
+    return ""
+
+
+def _already_bad(batch: Batch, outputs: Any) -> str:
+    """What was not finite before the loss saw it."""
+    parts = (
+        ("x", batch.x),
+        ("y", batch.y),
+        ("sample_weight", batch.sample_weight),
+        ("the output of the model", getattr(outputs, "outputs", outputs)),
+    )
+    bad = [name for name, value in parts if any(_bad(t) for t in leaves(value))]
+    return f" Already not finite: {', '.join(bad)}." if bad else ""
+
+
+def _bad(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())

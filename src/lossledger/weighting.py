@@ -1,0 +1,364 @@
+"""Masks, sample weights and class weights become one weight per entry; targets and predictions are aligned.
+
+The one place where shapes of different ranks meet. Shapes below: `B` samples, `d…` positions (time, height, width),
+`C` the length of the class axis of the elements (1 where a loss has none). An *entry* is a position of the per-sample
+loss, `[B, d…]`; an *element* is one number of the unreduced loss, `[B, d…, C]`. Everything is kept in the rank of the
+elements: a weight per entry has the length 1 on the class axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossledger.errors import EmptyDataError, InputError, InputTypeError, UnknownNameError
+
+
+def as_tensor(value: Any, what: str, *, device: torch.device | None = None) -> Tensor:
+    """`value` as a tensor, sharing memory where possible.
+
+    Raises:
+        InputTypeError: `value` cannot become a tensor of numbers.
+    """
+    if isinstance(value, Tensor):
+        return value if device is None or value.device == device else value.to(device)
+    try:
+        return torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputTypeError(
+            f"{what}: expected a tensor, a NumPy array or numbers, received {type(value).__name__} ({error}). "
+            "Convert it to one rectangular array of numbers."
+        ) from None
+
+
+def shape_of(tensor: Tensor) -> str:
+    """The shape as people write it: `(16, 1)`."""
+    return str(tuple(tensor.shape))
+
+
+def align(y_true: Tensor, y_pred: Tensor, where: str = "loss") -> tuple[Tensor, Tensor]:
+    """Targets and predictions of one shape, for losses that compare them element by element.
+
+    `(N,)` with `(N,)` become `(N, 1)`: the last axis is the class axis, never the batch. Ranks that differ by one are
+    aligned when the longer ends in 1. Everything else must match exactly: broadcasting would compare each prediction
+    with each target.
+
+    Args:
+        y_true: targets.
+        y_pred: predictions.
+        where: the term, for the message.
+
+    Returns:
+        both, with the same shape `[B, …, C]`.
+
+    Raises:
+        InputError: shapes that differ in any other way.
+
+    Example:
+        >>> a, b = align(torch.zeros(4), torch.zeros(4, 1))
+        >>> tuple(a.shape), tuple(b.shape)
+        ((4, 1), (4, 1))
+    """
+    # The same names again: messages show what the caller passed.
+    true, pred = y_true, y_pred
+    if true.ndim == pred.ndim - 1 and pred.shape[-1] == 1:
+        true = true.unsqueeze(-1)
+    elif pred.ndim == true.ndim - 1 and true.shape[-1] == 1:
+        pred = pred.unsqueeze(-1)
+    if true.ndim == 1 and pred.ndim == 1:
+        true, pred = true.unsqueeze(-1), pred.unsqueeze(-1)
+    if true.shape != pred.shape or true.ndim == 0:
+        raise InputError(
+            f"{where}: y_true and y_pred must have the same shape; expected {shape_of(y_pred)} as y_pred, "
+            f"received y_true {shape_of(y_true)}. {_shape_remedy(y_true, y_pred)}"
+        )
+    return true, pred
+
+
+def _shape_remedy(y_true: Tensor, y_pred: Tensor) -> str:
+    a, b = tuple(y_true.shape), tuple(y_pred.shape)
+    if not a or not b:
+        return "Pass arrays whose first axis is the batch."
+    if a[0] != b[0]:
+        return "The first axis is the batch: pass as many targets as predictions."
+    if len(a) == len(b) > 2 and b == (a[0], a[-1], *a[1:-1]):
+        return (
+            "The output has its class axis at position 1 (NCHW) and the target has it last: permute one of them, "
+            "for example y_pred.movedim(1, -1)."
+        )
+    if len(a) == len(b) - 1 or (len(a) == len(b) and a[-1] == 1):
+        return "If the target holds class indices, use SparseCategoricalCrossentropy; else reshape it."
+    return "Reshape one of them; nothing is broadcast."
+
+
+def split_shape(y_pred: Tensor, where: str) -> tuple[int, ...]:
+    """The shape of the entries of predictions `[B, d…, C]`, once they are known not to be empty of axes.
+
+    Raises:
+        EmptyDataError: a length of 0 on another axis than the batch.
+    """
+    if y_pred.ndim == 0 or 0 in y_pred.shape[1:]:
+        raise EmptyDataError(
+            f"{where}: expected predictions with a batch axis and no empty axis, received shape {shape_of(y_pred)}. "
+            "Check the slice or the layer that made them."
+        )
+    return tuple(y_pred.shape[:-1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weighting:
+    """What each element counts: the mask selects, the weight multiplies.
+
+    Args:
+        shape: the elements, `(B, d…, C)`.
+        mask: bool, broadcastable to `shape`, `True` where an element counts; `None` when all do.
+        weight: float, broadcastable to `shape`, sample weight × class weight; `None` when all are 1.
+
+    Example:
+        >>> w = weighting((2, 3), 1, mask=torch.tensor([[1, 1, 0], [1, 0, 0]]))
+        >>> int(w.count())
+        3
+    """
+
+    shape: tuple[int, ...]
+    mask: Tensor | None = None
+    weight: Tensor | None = None
+
+    @property
+    def product(self) -> Tensor | None:
+        """Weight × mask, exactly 0 where masked, also where the weight is NaN; `None` when all elements count 1."""
+        if self.mask is None:
+            return self.weight
+        if self.weight is None:
+            return self.mask
+        return torch.where(self.mask, self.weight, torch.zeros((), dtype=self.weight.dtype, device=self.weight.device))
+
+    def count(self) -> Tensor | int:
+        """Number of unmasked elements."""
+        return self.total_of(self.mask)
+
+    def total_weight(self) -> Tensor | int:
+        """Σ weight · mask over the elements."""
+        return self.total_of(self.product)
+
+    def total_of(self, statistic: Tensor | None) -> Tensor | int:
+        """Σ over the elements of a statistic that broadcasts to them; the number of elements for `None`."""
+        size = prod(self.shape)
+        if statistic is None:
+            return size
+        repeats = size // statistic.numel() if statistic.numel() else 0
+        kind = torch.int64 if statistic.dtype == torch.bool else torch.float64
+        total = statistic.sum(dtype=kind)
+        return total if repeats == 1 else total * repeats
+
+    def select(self, values: Tensor, safe: float) -> Tensor:
+        """`values` with `safe` at masked positions, so that NaN or Inf there reach neither value nor gradient."""
+        if self.mask is None:
+            return values
+        return torch.where(self.mask, values, torch.full((), safe, dtype=values.dtype, device=values.device))
+
+
+def weighting(
+    entries: tuple[int, ...],
+    columns: int,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    where: str = "loss",
+) -> Weighting:
+    """One weight and one mask for the elements `[*entries, columns]`.
+
+    Args:
+        entries: `(B, d…)`, the shape of the per-sample loss.
+        columns: length of the class axis of the elements, 1 where the loss has none.
+        sample_weight: a scalar, `(B,)`, a leading part of `entries`, `entries`, or the elements' shape.
+        mask: the same shapes; bool, or 0 and 1.
+        class_weight: `(columns,)` on losses per column, or already one weight per entry, `[*entries, 1]`.
+        where: the term, for the message.
+
+    Raises:
+        InputError: another shape. `(B,)` is always one number a sample, also when B equals another axis.
+    """
+    shape = (*entries, columns)
+    weight = None if sample_weight is None else expand(sample_weight, entries, columns, f"{where}: sample_weight")
+    if weight is not None and not weight.is_floating_point():
+        weight = weight.to(torch.get_default_dtype())
+    if class_weight is not None:
+        weight = class_weight if weight is None else weight * class_weight
+    if mask is not None:
+        mask = expand(as_mask(mask, f"{where}: mask"), entries, columns, f"{where}: mask")
+    return Weighting(shape, mask, weight)
+
+
+def as_mask(mask: Tensor, what: str) -> Tensor:
+    """A mask as bool.
+
+    Raises:
+        InputError: on the host, a value that is neither 0 nor 1: that would be a weight.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    # On a device this check would read a value back; the data boundary of `fit` has made the mask bool by then.
+    if mask.device.type == "cpu" and not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError(f"{what}: expected booleans or 0 and 1, received other values. Pass weights as sample_weight.")
+    return mask != 0
+
+
+def expand(values: Tensor, entries: tuple[int, ...], columns: int, what: str) -> Tensor:
+    """`values` in the rank of the elements: leading axes match, missing axes become 1.
+
+    An axis of length 1 after the batch axis is repeated; the batch axis must match.
+
+    Raises:
+        InputError: the shape is none of the accepted ones.
+    """
+    shape = tuple(values.shape)
+    rank = len(entries) + 1
+    full = (*entries, columns)
+    fits = len(shape) <= rank and all(
+        mine == theirs or (mine == 1 and axis > 0) for axis, (mine, theirs) in enumerate(zip(shape, full, strict=False))
+    )
+    # (B, 1) against a loss of one number a sample: the trailing 1 is the class axis.
+    if not fits:
+        accepted = [str(entries[:k]) for k in range(1, len(entries) + 1)]
+        if columns > 1:
+            accepted.append(str(full))
+        raise InputError(
+            f"{what} must have one of the shapes {', '.join(accepted)}; received {shape}. "
+            "Leading axes are those of the loss; nothing else is broadcast."
+        )
+    return values if len(shape) == rank else values.reshape(*shape, *(1,) * (rank - len(shape)))
+
+
+ClassWeight = Mapping[Any, float] | Sequence[float] | Tensor
+
+
+def class_vector(
+    class_weight: ClassWeight, classes: int, names: Sequence[str] | None = None, where: str = "loss"
+) -> Tensor:
+    """Class weights as a vector `[classes]`; a missing class has the weight 1.
+
+    Args:
+        class_weight: by index or name, or one number a class.
+        classes: number of classes.
+        names: class names, in order.
+        where: the output, for the message.
+
+    Raises:
+        UnknownNameError: a name or an index that is no class.
+        InputError: the wrong number of weights, or one that is negative or not finite.
+
+    Example:
+        >>> class_vector({"cat": 3.0}, 2, names=["dog", "cat"])
+        tensor([1., 3.])
+    """
+    if isinstance(class_weight, Mapping):
+        vector = torch.ones(classes)
+        for key, value in class_weight.items():
+            if isinstance(key, str) and names is not None and key in names:
+                vector[list(names).index(key)] = float(value)
+            elif not isinstance(key, str) and 0 <= int(key) < classes:
+                vector[int(key)] = float(value)
+            else:
+                known = list(names) if names is not None and isinstance(key, str) else list(range(classes))
+                raise UnknownNameError(f"class in class_weight of {where}", key, known)
+    else:
+        vector = as_tensor(class_weight, f"{where}: class_weight").to(torch.get_default_dtype())
+        if tuple(vector.shape) != (classes,):
+            raise InputError(
+                f"{where}: class_weight must hold one number a class; expected shape ({classes},), "
+                f"received {shape_of(vector)}."
+            )
+    if not bool((torch.isfinite(vector) & (vector >= 0)).all()):
+        raise InputError(f"{where}: class_weight must be finite and not negative; received {vector.tolist()}.")
+    return vector
+
+
+def check_labels(labels: Tensor, classes: int, where: str, ignore: int | None = None) -> None:
+    """Integer labels are in `[0, classes)`; read on the host, so call it at the data boundary.
+
+    Raises:
+        InputTypeError: labels that are not integers.
+        InputError: a label out of range, with its value and how many there are.
+    """
+    if labels.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise InputTypeError(f"{where}: expected integer class labels, received dtype {labels.dtype}.")
+    bad = (labels < 0) | (labels >= classes) | (labels != labels.round() if labels.is_floating_point() else False)
+    if ignore is not None:
+        bad &= labels != ignore
+    if bool(bad.any()):
+        position = tuple(bad.nonzero()[0].tolist())
+        raise InputError(
+            f"{where}: labels must be integers from 0 to {classes - 1}; received {labels[position].item():g} at "
+            f"position {position} ({int(bad.sum())} such in all). Map the labels to 0…{classes - 1}, widen the output, "
+            "or name the label to leave out with ignore_class."
+        )
+
+
+# Rounding may carry a probability a little past 1; more than this is no rounding.
+PROBABILITY_SLACK = 1e-6
+
+
+def outside_probabilities(y_pred: Tensor) -> Tensor:
+    """Where a prediction is no probability; NaN is not counted here, it is non-finite."""
+    return (y_pred < -PROBABILITY_SLACK) | (y_pred > 1 + PROBABILITY_SLACK)
+
+
+def check_probabilities(y_pred: Tensor, where: str) -> None:
+    """Probabilities are in [0, 1]; reads values, so it is not for the step of a training loop.
+
+    Raises:
+        InputError: a value outside, with the remedy `from_logits`.
+    """
+    bad = outside_probabilities(y_pred.detach())
+    if bool(bad.any()):
+        raise InputError(
+            f"{where}: with from_logits=False predictions must be probabilities in [0, 1]; received "
+            f"{float(y_pred[bad][0]):g} ({int(bad.sum())} outside in all). If the model has no sigmoid or softmax at "
+            "its end, use from_logits=True."
+        )
+
+
+def check_targets(y_true: Tensor, where: str, upper: float = 1.0) -> None:
+    """Targets of a cross-entropy are in [0, upper]; reads values.
+
+    Raises:
+        InputError: a target outside, with its value.
+    """
+    bad = ~((y_true >= 0) & (y_true <= upper))
+    if bool(bad.any()):
+        raise InputError(
+            f"{where}: targets must be in [0, {upper:g}]; received {float(y_true[bad][0]):g} "
+            f"({int(bad.sum())} outside in all). Use 0 and 1 (or probabilities); for class indices use "
+            "SparseCategoricalCrossentropy."
+        )
+
+
+def argmax_weights(weights: Sequence[float] | Tensor, y_true: Any) -> Tensor:
+    """A weight for each entry by the class with the largest target: `weights[argmax(y_true)]`.
+
+    The way class weights are often written for segmentation. An entry without any class counts as class 0, since
+    that is what argmax says of a row of zeros; with independent masks, `class_weight` by column has no such surprise.
+
+    Args:
+        weights: one number a class, `[C]`.
+        y_true: one-hot or multi-label targets, `[B, d…, C]`.
+
+    Returns:
+        `[B, d…]`, to be passed as `sample_weight`.
+
+    Raises:
+        InputError: another number of classes.
+
+    Example:
+        >>> argmax_weights([1.0, 9.0], [[[0.0, 1.0], [1.0, 0.0]]])
+        tensor([[9., 1.]])
+    """
+    targets = as_tensor(y_true, "y_true")
+    vector = class_vector(weights, targets.shape[-1], where="argmax_weights")
+    return vector.to(targets.device)[targets.argmax(-1)]

@@ -1,0 +1,376 @@
+"""The laws of DESIGN, over every loss × reduction × weights × masks × unequal parts, with value and gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import declarations
+import lossledger as ll
+import oracles
+from declarations import NAMES, REDUCTIONS, ROWS
+
+TOLERANCE = 1e-12
+rows = st.sampled_from(ROWS)
+reductions = st.sampled_from(REDUCTIONS)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def case(row, seed, samples=None, weights=True, masks=True, zeros=False):
+    """Random inputs [B, 4, …] with a weight and a mask for each entry; unequal valid lengths."""
+    rng = np.random.default_rng(seed)
+    entries = (samples or int(rng.integers(2, 8)), 4)
+    y, p = row.inputs(rng, entries)
+    w = rng.uniform(0.2, 3, entries) if weights else None
+    if zeros and w is not None:
+        w = w * (rng.random(entries) < 0.6)
+    m = rng.random(entries) < 0.7 if masks else None
+    return y, p, w, m
+
+
+def value_and_gradient(loss, y, p, w, m, window=None):
+    prediction = torch.as_tensor(p).clone().requires_grad_()
+    tally = loss.tally(torch.as_tensor(y), prediction, as_tensor(w), as_tensor(m))
+    (gradient,) = torch.autograd.grad(tally.value, prediction)
+    return tally, gradient
+
+
+def as_tensor(a):
+    return None if a is None else torch.as_tensor(a)
+
+
+def close(a, b, tolerance=1e-11):
+    a, b = torch.as_tensor(a).detach(), torch.as_tensor(b).detach()
+    scale = max(float(b.abs().max()) if b.numel() else 0, 1)
+    return float((a - b).abs().max()) <= tolerance * scale
+
+
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+def test_value_is_that_of_the_oracle(row, reduction, weights, masks):
+    y, p, w, m = case(row, 7, weights=weights, masks=masks, zeros=True)
+    loss = row.make(reduction=reduction)
+    expected = oracles.reduce_entries(
+        row.elements(y, p), reduction, None if w is None else w[..., None], None if m is None else m[..., None]
+    )
+    got = loss(torch.as_tensor(y), torch.as_tensor(p), as_tensor(w), as_tensor(m))
+    assert abs(float(got) - expected) <= 1e-9 * max(1, abs(expected))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+def test_no_reduction_keeps_one_value_an_entry(row):
+    y, p, w, m = case(row, 3)
+    got = row.make(reduction="none")(torch.as_tensor(y), torch.as_tensor(p), as_tensor(w), as_tensor(m))
+    expected = row.elements(y, p).mean(-1) * w * m
+    assert tuple(got.shape) == (len(p), 4)
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-9)
+
+
+@given(rows, reductions, seeds, st.booleans(), st.booleans())
+def test_unequal_parts_add_up_to_the_whole(row, reduction, seed, weights, masks):
+    """Any partition into unequal parts: one value, one gradient; an empty part is neutral."""
+    y, p, w, m = case(row, seed, weights=weights, masks=masks)
+    loss = row.make(reduction=reduction)
+    whole, gradient = value_and_gradient(loss, y, p, w, m)
+    rng = np.random.default_rng(seed)
+    cuts = [0, *sorted(rng.integers(0, len(p) + 1, int(rng.integers(1, 4)))), len(p)]
+    parts = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+    def part(s):
+        return tuple(None if a is None else a[s] for a in (y, p, w, m))
+
+    tallies = [loss.tally(*(as_tensor(a) for a in part(s))) for s in parts if s.stop > s.start]
+    total = sum(tallies)
+    assert close(total.value, whole.value.detach())
+    window = ll.Tally.zero() + total
+    pieces = []
+    for s in parts:
+        if s.stop > s.start:
+            yy, pp, ww, mm = part(s)
+            _, piece = loss.backprop(as_tensor(yy), as_tensor(pp), as_tensor(ww), as_tensor(mm), window=window)
+            pieces.append(piece)
+    split = torch.cat(pieces)
+    assert float((split - gradient).norm()) <= TOLERANCE * sum(float(g.norm()) for g in pieces) + 1e-14
+
+
+@given(rows, reductions, seeds)
+def test_closed_form_gradient_is_that_of_autograd(row, reduction, seed):
+    y, p, w, m = case(row, seed)
+    loss = row.make(reduction=reduction)
+    whole, gradient = value_and_gradient(loss, y, p, w, m)
+    tally, closed = loss.backprop(as_tensor(y), as_tensor(p), as_tensor(w), as_tensor(m))
+    assert close(closed, gradient)
+    assert close(tally.value, whole.value.detach())
+    assert not tally.numerator.requires_grad
+
+
+@given(rows, reductions, seeds)
+def test_order_of_samples_does_not_matter(row, reduction, seed):
+    y, p, w, m = case(row, seed)
+    loss = row.make(reduction=reduction)
+    order = np.random.default_rng(seed).permutation(len(p))
+    a = loss.tally(*map(as_tensor, (y, p, w, m))).value
+    b = loss.tally(*map(as_tensor, (y[order], p[order], w[order], m[order]))).value
+    assert close(a, b)
+
+
+REPEAT_IS_WEIGHT = {"sum", "mean_with_sample_weight"}
+MASK_IS_DELETE = set(REDUCTIONS) - {"sum_over_all_entries"}
+ZERO_IS_DELETE = {"sum", "mean_with_sample_weight", "sum_over_nonzero_weights"}
+MASKED_SAMPLE_IS_NEUTRAL = set(REDUCTIONS) - {"sum_over_all_entries"}
+
+
+def holds(row, reduction, change):
+    """Whether a law holds on inputs where a violation must show."""
+    y, p, w, m = case(row, 11, samples=5, masks=False)
+    loss = row.make(reduction=reduction)
+    left, right = change(y, p, w)
+    a = float(loss(*map(as_tensor, left)))
+    b = float(loss(*map(as_tensor, right)))
+    return abs(a - b) <= 1e-9 * max(1, abs(b))
+
+
+def repeated(y, p, w):
+    twice = np.array([0, 1, 1, 2, 3, 4])
+    heavy = w.copy()
+    heavy[1] *= 2
+    return (y[twice], p[twice], w[twice], None), (y, p, heavy, None)
+
+
+def masked(y, p, w):
+    mask = np.ones_like(w, dtype=bool)
+    mask[2] = False
+    return (y, p, w, mask), (np.delete(y, 2, 0), np.delete(p, 2, 0), np.delete(w, 2, 0), None)
+
+
+def weightless(y, p, w):
+    light = w.copy()
+    light[2] = 0
+    return (y, p, light, None), (np.delete(y, 2, 0), np.delete(p, 2, 0), np.delete(w, 2, 0), None)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_table_of_laws(row, reduction):
+    """Laws that a reduction keeps hold; those it breaks are seen to break."""
+    assert holds(row, reduction, repeated) == (reduction in REPEAT_IS_WEIGHT)
+    assert holds(row, reduction, masked) == (reduction in MASK_IS_DELETE)
+    assert holds(row, reduction, weightless) == (reduction in ZERO_IS_DELETE)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_masked_entries_reach_neither_value_nor_gradient(row, reduction, poison):
+    y, p, w, m = case(row, 5, samples=4)
+    m[1] = False
+    loss = row.make(reduction=reduction)
+    clean, gradient = value_and_gradient(loss, y, p, w, m)
+    p, w = p.copy(), w.copy()
+    p[~m], w[~m] = poison, poison
+    if y.dtype.kind == "f":
+        y = np.where(m[..., None], y, poison)
+    else:
+        y = np.where(m, y, -100)
+    dirty, dirty_gradient = value_and_gradient(loss, y, p, w, m)
+    assert close(dirty.value, clean.value.detach())
+    assert torch.isfinite(dirty_gradient).all() and close(dirty_gradient, gradient)
+    assert int(dirty.nonfinite) == 0
+    _, closed = loss.backprop(*map(as_tensor, (y, p, w, m)))
+    assert close(closed, gradient)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_all_masked_is_zero_with_zero_gradient(row, reduction):
+    y, p, w, m = case(row, 5)
+    tally, gradient = value_and_gradient(row.make(reduction=reduction), y, p, w, np.zeros_like(m))
+    assert float(tally.value) == 0 and int(tally.count) == 0
+    assert not gradient.any()
+
+
+@given(rows, st.sampled_from([r for r in REDUCTIONS]), seeds)
+def test_groups_balance(row, reduction, seed):
+    """The contributions of all groups sum to the value; counts and weights too."""
+    y, p, w, m = case(row, seed)
+    loss = row.make(reduction=reduction)
+    ids = torch.as_tensor(np.random.default_rng(seed).integers(0, 3, len(p)))
+    for by in (*row.kinds, ids):
+        tally = loss.tally(*map(as_tensor, (y, p, w, m)), by=by)
+        assert close(tally.contributions().sum(), tally.value)
+        assert int(tally.groups.count.sum()) == int(tally.count)
+        assert close(tally.groups.weight.sum(), tally.weight)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+def test_groups_of_parts_add_up(row):
+    y, p, w, m = case(row, 21, samples=7)
+    loss = row.make()
+    for by in row.kinds:
+        whole = loss.tally(*map(as_tensor, (y, p, w, m)), by=by)
+        parts = [loss.tally(*(as_tensor(a[s]) for a in (y, p, w, m)), by=by) for s in (slice(0, 1), slice(1, 7))]
+        total = parts[0] + parts[1]
+        assert close(total.contributions(), whole.contributions())
+
+
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", "mean_per_sample"])
+def test_gradcheck(row, reduction):
+    y, p, w, m = case(row, 13, samples=3)
+    loss = row.make(reduction=reduction)
+    prediction = torch.as_tensor(p).requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: loss(as_tensor(y), q, as_tensor(w), as_tensor(m)), (prediction,))
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.closed and r.name != "mae"], ids=lambda r: r.name)
+def test_second_derivative_of_public_elements(row):
+    y, p, w, m = case(row, 13, samples=2)
+    prediction = torch.as_tensor(p).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda q: row.make()(as_tensor(y), q, as_tensor(w), as_tensor(m)), prediction)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_arithmetic_is_at_least_float32(row, dtype):
+    y, p, w, m = case(row, 17)
+    prediction = torch.as_tensor(p).to(dtype)
+    got = row.make()(as_tensor(y), prediction)
+    expected = row.make()(as_tensor(y), prediction.double())
+    assert got.dtype == torch.float32
+    assert abs(float(got) - float(expected)) <= 1e-5 * max(1, abs(float(expected)))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+def test_inputs_are_never_written_to(row):
+    arrays = case(row, 19)
+    given_ = [as_tensor(a) for a in arrays]
+    before = [t.clone() for t in given_]
+    row.make()(*given_)
+    row.make().backprop(*given_)
+    for a, b in zip(given_, before, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if not r.name.startswith("custom")], ids=lambda r: r.name)
+def test_configuration_round_trip(row):
+    loss = row.make(reduction="sum")
+    again = ll.losses.deserialize(ll.losses.serialize(loss))
+    assert again.get_config() == loss.get_config()
+    y, p, w, m = case(row, 23)
+    assert float(again(as_tensor(y), as_tensor(p))) == float(loss(as_tensor(y), as_tensor(p)))
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in ROWS if "sparse" not in r.name and "custom" not in r.name], ids=lambda r: r.name
+)
+def test_weight_of_each_element(row):
+    """A weight of the elements' shape, on losses whose elements are columns."""
+    if row.kinds[1] == "label":
+        pytest.skip("no class axis in the elements")
+    y, p, _, _ = case(row, 29)
+    w = np.random.default_rng(1).uniform(0, 2, p.shape)
+    expected = oracles.reduce_entries(row.elements(y, p), "sum_over_batch_size", w)
+    assert abs(float(row.make()(as_tensor(y), as_tensor(p), as_tensor(w))) - expected) < 1e-9
+    tally, closed = row.make().backprop(as_tensor(y), as_tensor(p), as_tensor(w))
+    _, gradient = value_and_gradient(row.make(), y, p, w, None)
+    assert close(closed, gradient)
+
+
+# --- overlap losses: ratios over the batch, and means of ratios -----------------------------------------------------
+
+
+def overlap_case(seed, samples=5):
+    rng = np.random.default_rng(seed)
+    y = (rng.random((samples, 4, 3)) < 0.5).astype(float)
+    z = rng.normal(0, 1.5, (samples, 4, 3))
+    return y, z, rng.uniform(0.3, 2, (samples, 4)), rng.random((samples, 4)) < 0.7
+
+
+@pytest.mark.parametrize("name", declarations.OVERLAPS)
+@pytest.mark.parametrize("axis", declarations.AXES.values(), ids=declarations.AXES)
+@pytest.mark.parametrize("space", [False, "sigmoid", "softmax"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_overlap_value_and_gradient(name, axis, space, weights):
+    make, coefficients = declarations.OVERLAPS[name]
+    y, z, w, m = overlap_case(3)
+    p = {False: oracles.sigmoid(z), "sigmoid": oracles.sigmoid(z), "softmax": oracles.softmax(z)}[space]
+    given_ = p if space is False else z
+    w, m = (w, m) if weights else (None, None)
+    expected = oracles.overlap(
+        y,
+        p,
+        *coefficients,
+        axis,
+        weight=None if w is None else w[..., None],
+        mask=None if m is None else m[..., None],
+    ).mean()
+    loss = make(axis=axis, from_logits=space)
+    tally, gradient = value_and_gradient(loss, y, given_, w, m)
+    assert abs(float(tally.value) - expected) < 1e-9
+    closed_tally, closed = loss.backprop(*map(as_tensor, (y, given_, w, m)))
+    assert close(closed, gradient)
+    prediction = torch.as_tensor(given_).requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: loss(as_tensor(y), q, as_tensor(w), as_tensor(m)), (prediction,))
+
+
+@given(
+    st.sampled_from(list(declarations.OVERLAPS)),
+    st.sampled_from(list(declarations.AXES.values())),
+    seeds,
+    st.booleans(),
+)
+def test_overlap_parts_add_up(name, axis, seed, class_weights):
+    """Statistics of unequal parts add, and parts back-propagate with the statistics of the whole."""
+    y, z, w, m = overlap_case(seed, samples=6)
+    loss = declarations.OVERLAPS[name][0](axis=axis, from_logits="sigmoid")
+    vector = [1.0, 3.0, 0.5] if class_weights else None
+
+    def tally(s, by=None):
+        batch = loss.align(*(as_tensor(a[s]) for a in (y, z, w, m)), class_weight=vector)
+        return loss.tally_aligned(batch, by), batch
+
+    whole, batch = tally(slice(0, 6))
+    parts = [tally(s) for s in (slice(0, 1), slice(1, 3), slice(3, 6))]
+    total = sum(t for t, _ in parts)
+    assert close(total.value, whole.value)
+    _, gradient = loss.backprop_aligned(batch, None, 1.0)
+    pieces = [loss.backprop_aligned(b, total, 1.0)[1] for _, b in parts]
+    assert close(torch.cat(pieces), gradient)
+    for by in ("class", "sample"):
+        if by == "sample" and axis is not None and 0 not in axis and 2 in axis:
+            continue
+        grouped, _ = tally(slice(0, 6), by)
+        assert close(grouped.contributions().sum(), whole.value)
+
+
+def test_overlap_with_class_weights_and_sample_weights():
+    """A kept class axis multiplies the result, also beside sample weights; a reduced one enters the sums."""
+    y, z, w, _ = overlap_case(5)
+    p, c = oracles.sigmoid(z), np.array([1.0, 3.0, 0.5])
+    kept = ll.losses.Dice(axis=(0, 1), from_logits="sigmoid").tally(
+        *map(as_tensor, (y, z, w[:, 0])), class_weight=list(c)
+    )
+    expected = (c * oracles.overlap(y, p, 2, 1, 1, (0, 1), weight=w[:, :1, None])).mean()
+    assert abs(float(kept.value) - expected) < 1e-12
+    pooled = ll.losses.Dice(from_logits="sigmoid").tally(*map(as_tensor, (y, z, w[:, 0])), class_weight=list(c))
+    assert abs(float(pooled.value) - oracles.overlap(y, p, 2, 1, 1, None, weight=w[:, :1, None] * c)) < 1e-12
+
+
+def test_sample_weights_of_one_batch_and_of_single_samples_agree():
+    """A weight of 2 for every sample cancels in a ratio, whether the batch holds one sample or five."""
+    y, z, _, _ = overlap_case(5)
+    loss = ll.losses.Dice(from_logits="sigmoid")
+    for samples in (1, 5):
+        twos = np.full(samples, 2.0)
+        a = float(loss(*map(as_tensor, (y[:samples], z[:samples], twos))))
+        b = float(loss(*map(as_tensor, (y[:samples], z[:samples]))))
+        assert abs(a - b) < 1e-7
+
+
+def test_empty_target_and_prediction_has_no_dice_loss():
+    assert float(ll.losses.Dice()(np.zeros((2, 3)), np.zeros((2, 3)))) == 0
