@@ -1,4 +1,4 @@
-"""Fixed seeds, two threads, and a Hypothesis profile that prints how to repeat a failure."""
+"""Fixed seeds, one thread, and a Hypothesis profile that prints how to repeat a failure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ settings.register_profile(
     "lossledger", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow], max_examples=30
 )
 settings.load_profile("lossledger")
-torch.set_num_threads(2)
+# One thread: the arrays of the tests are small, and a busy machine must not slow them down.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ _HOME = {
     "regularizers": "lossledger.regularizers",
     "report": "lossledger.report",
 }
-_MODULES = ("callbacks", "errors", "losses", "metrics", "regularizers")
+_MODULES = ("callbacks", "errors", "losses", "metrics", "regularizers", "report")
 
 __all__ = [
     "Batch",
@@ -44,11 +44,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lossledger import errors, losses, metrics, regularizers
+    from lossledger import errors, losses, metrics, regularizers, report
     from lossledger.ledger import Ledger
     from lossledger.objective import Objective, Outputs, add_loss
     from lossledger.reduction import Reduction
-    from lossledger.report import report
     from lossledger.tally import Tally
     from lossledger.training import callbacks
     from lossledger.training.data import Batch

@@ -65,18 +65,18 @@ class Groups:
                 f"received {other.kind!r}. Compute both tallies with the same `by`."
             )
         if self.keys is not None and self.keys == other.keys and self.cell == other.cell:
-            here: list[int] | None = None
-            there, keys, cell = None, self.keys, self.cell
+            keys: tuple[GroupKey, ...] | None = self.keys
+            cell = self.cell
+
+            def merge(mine: Number, theirs: Number) -> Number:
+                return mine + theirs
+
         else:
             here, there, keys, cell = _places(self, other)
-        size = (
-            len(self) if keys is None and here is None else (len(keys) if keys is not None else len(self) + len(other))
-        )
+            size = 1 + max(here + there, default=-1)
 
-        def merge(mine: Number, theirs: Number) -> Number:
-            if here is None or there is None:
-                return mine + theirs
-            return _spread(mine, here, size) + _spread(theirs, there, size)
+            def merge(mine: Number, theirs: Number) -> Number:
+                return _spread(mine, here, size) + _spread(theirs, there, size)
 
         return Groups(
             self.kind,

@@ -18,7 +18,8 @@ import lossledger as ll
 from lossledger.demo.scenes import CLASS_NAMES, Scenes, make_scenes
 from lossledger.demo.unet import UNet
 from lossledger.ledger import Ledger
-from lossledger.losses.loss import Expression, Loss
+from lossledger.losses.expression import Expression
+from lossledger.losses.loss import Loss
 from lossledger.report import report
 from lossledger.report.text import class_table_cells, comparison_cells, sentences
 from lossledger.report.view import build_view

@@ -6,24 +6,26 @@ from lossledger.losses.classification import (
     CategoricalCrossentropy,
     CategoricalFocalCrossentropy,
     SparseCategoricalCrossentropy,
+)
+from lossledger.losses.custom import FunctionLoss, TorchLoss
+from lossledger.losses.expression import Expression
+from lossledger.losses.functions import (
     binary_crossentropy,
     binary_focal_crossentropy,
     categorical_crossentropy,
     categorical_focal_crossentropy,
-    sparse_categorical_crossentropy,
-)
-from lossledger.losses.custom import FunctionLoss, TorchLoss
-from lossledger.losses.loss import Expression, Loss
-from lossledger.losses.overlap import Dice, Jaccard, Tversky, dice, jaccard, tversky
-from lossledger.losses.registry import deserialize, get, serialize
-from lossledger.losses.regression import (
-    Huber,
-    MeanAbsoluteError,
-    MeanSquaredError,
+    dice,
     huber,
+    jaccard,
     mean_absolute_error,
     mean_squared_error,
+    sparse_categorical_crossentropy,
+    tversky,
 )
+from lossledger.losses.loss import Loss
+from lossledger.losses.overlap import Dice, Jaccard, Tversky
+from lossledger.losses.registry import deserialize, get, serialize
+from lossledger.losses.regression import Huber, MeanAbsoluteError, MeanSquaredError
 
 __all__ = [
     "BinaryCrossentropy",

@@ -6,15 +6,15 @@ Formulas and defaults are those of keras.losses 3.15; each docstring says where 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lossledger.errors import InputError
+from lossledger.losses.aligned import Aligned, Late
 from lossledger.losses.elementwise import ElementLoss
-from lossledger.losses.loss import Aligned, Late
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
 from lossledger.weighting import (
@@ -53,7 +53,7 @@ class _CrossEntropy(ElementLoss):
             raise InputError(f"{self.name}: label_smoothing must be in [0, 1), received {label_smoothing!r}.")
         self.from_logits = from_logits
         self.label_smoothing = label_smoothing
-        self.axis = axis
+        self.axis = self.class_axis = axis
 
     @property
     def space(self) -> Space:  # type: ignore[override]
@@ -461,53 +461,3 @@ class SparseCategoricalCrossentropy(_CrossEntropy):
         vector = class_vector(class_weight, classes, where=where).to(y_true.device)
         # A masked or ignored label may be any number; labels that count are checked for their range.
         return vector[y_true.long().clamp(0, classes - 1)].unsqueeze(-1)
-
-
-def binary_crossentropy(
-    y_true: Any, y_pred: Any, from_logits: bool = False, label_smoothing: float = 0.0, axis: int = -1
-) -> Tensor:
-    """The binary cross-entropy of each entry, `[B, d…]`; see `BinaryCrossentropy`."""
-    return BinaryCrossentropy(from_logits, label_smoothing, axis, "none")(y_true, y_pred)
-
-
-def binary_focal_crossentropy(
-    y_true: Any,
-    y_pred: Any,
-    apply_class_balancing: bool = False,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-    from_logits: bool = False,
-    label_smoothing: float = 0.0,
-    axis: int = -1,
-) -> Tensor:
-    """The binary focal cross-entropy of each entry, `[B, d…]`; see `BinaryFocalCrossentropy`."""
-    return BinaryFocalCrossentropy(apply_class_balancing, alpha, gamma, from_logits, label_smoothing, axis, "none")(
-        y_true, y_pred
-    )
-
-
-def categorical_crossentropy(
-    y_true: Any, y_pred: Any, from_logits: bool = False, label_smoothing: float = 0.0, axis: int = -1
-) -> Tensor:
-    """The categorical cross-entropy of each entry, `[B, d…]`; see `CategoricalCrossentropy`."""
-    return CategoricalCrossentropy(from_logits, label_smoothing, axis, "none")(y_true, y_pred)
-
-
-def categorical_focal_crossentropy(
-    y_true: Any,
-    y_pred: Any,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-    from_logits: bool = False,
-    label_smoothing: float = 0.0,
-    axis: int = -1,
-) -> Tensor:
-    """The categorical focal cross-entropy of each entry, `[B, d…]`; see `CategoricalFocalCrossentropy`."""
-    return CategoricalFocalCrossentropy(alpha, gamma, from_logits, label_smoothing, axis, "none")(y_true, y_pred)
-
-
-def sparse_categorical_crossentropy(
-    y_true: Any, y_pred: Any, from_logits: bool = False, ignore_class: int | None = None, axis: int = -1
-) -> Tensor:
-    """The cross-entropy of each integer label, `[B, d…]`; see `SparseCategoricalCrossentropy`."""
-    return SparseCategoricalCrossentropy(from_logits, ignore_class, axis, "none")(y_true, y_pred)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lossledger import reduction as reductions
 from lossledger.errors import InputError, InputTypeError
-from lossledger.losses.loss import Aligned, Loss, _snake
+from lossledger.losses.aligned import Aligned
+from lossledger.losses.loss import Loss, snake_case
 from lossledger.reduction import Reduction
 from lossledger.weighting import align, check_labels, check_probabilities, shape_of
 
@@ -137,12 +138,15 @@ class TorchLoss(Loss):
         kind = str(getattr(module, "reduction", "mean"))
         if isinstance(module, nn.KLDivLoss) and kind == "mean":
             kind = "elements"
-        super().__init__(name or _snake(type(module).__name__.removesuffix("Loss")), "sum" if kind == "sum" else "mean")
+        super().__init__(
+            name or snake_case(type(module).__name__.removesuffix("Loss")), "sum" if kind == "sum" else "mean"
+        )
         if kind == "none":
             self.reduction = reductions.NONE
         self.module = copy.copy(module)
         self.module.reduction = "none"  # type: ignore[assignment]
         self._batchmean = kind == "batchmean"
+        self.class_axis = -1 if isinstance(module, _ELEMENTWISE) else 1
 
     @property
     def _class_weight_tensor(self) -> Tensor | None:

@@ -10,8 +10,7 @@ A loss goes through three steps, each in one place:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,51 +19,15 @@ from torch import Tensor
 from lossledger import reduction as reductions
 from lossledger.errors import InputError, InputTypeError
 from lossledger.losses import groups as grouping
+from lossledger.losses.aligned import Aligned, Late, select_leading
+from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Tally
-from lossledger.weighting import ClassWeight, Weighting, align, as_mask, as_tensor, class_vector, weighting
+from lossledger.weighting import ClassWeight, Weighting, align, as_tensor, class_vector, weighting
 
 By = str | Tensor | None
 """How a tally divides: `None`, `"class"`, `"label"`, `"sample"`, `"column"`, or integer group ids."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Late:
-    """What a call gave beside targets and predictions, not yet in the shape of the elements."""
-
-    sample_weight: Tensor | None
-    mask: Tensor | None
-    class_weight: ClassWeight | None
-
-    @property
-    def given(self) -> str | None:
-        """The first argument that was given."""
-        return next(
-            (name for name in ("sample_weight", "mask", "class_weight") if getattr(self, name) is not None), None
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Aligned:
-    """One batch, ready for arithmetic: a layout with the class axis last, masked elements replaced by safe values.
-
-    Args:
-        y_true: targets in the layout of the loss.
-        prediction: the output in the same layout.
-        weighting: mask and weight of each element.
-        where: the term, for messages.
-        late: sample weight, mask and class weight of a loss whose `call` alone can tell the shape of its entries;
-            they become the weighting once it has run.
-        column_weight: `[C]`, class weights of a loss that treats them apart from sample weights.
-    """
-
-    y_true: Tensor
-    prediction: Prediction
-    weighting: Weighting
-    where: str
-    late: Late | None = None
-    column_weight: Tensor | None = None
 
 
 class Loss:
@@ -96,6 +59,7 @@ class Loss:
 
     space: Space = None
     scalar: str | None = None
+    class_axis: int = -1
     # What `by="class"` means, which a subclass of the library declares: "column" (each column has its own target,
     # split by presence), "label" (exclusive classes), "output" (regression columns), or None (no classes).
     classes_are: ClassVar[str | None] = None
@@ -107,7 +71,7 @@ class Loss:
         reduction: str | Reduction | None = "sum_over_batch_size",
         dtype: str | torch.dtype | None = None,
     ) -> None:
-        self.name = name or self._default_name or _snake(type(self).__name__)
+        self.name = name or self._default_name or snake_case(type(self).__name__)
         self.reduction = reductions.get(reduction)
         self.dtype = _dtype(dtype)
 
@@ -240,7 +204,7 @@ class Loss:
         )
         shape = self._shape(true, pred, where)
         if shape is None:
-            true, pred = _select_leading(true, pred, given.mask, where)
+            true, pred = select_leading(true, pred, given.mask, where)
             return Aligned(true, Prediction(pred), Weighting(()), where, given)
         weights = self._weighting(shape, true, pred, given, where)
         if weights.mask is not None:
@@ -473,86 +437,19 @@ class Loss:
         return f"{type(self).__name__}({shown})"
 
     def __mul__(self, factor: float) -> Expression:
-        return Expression(((_factor(factor), self),))
+        return Expression(((factor_of(factor), self),))
 
     __rmul__ = __mul__
 
     def __add__(self, other: Loss | Expression) -> Expression:
         return Expression(((1.0, self),)) + other
 
-
-class Expression:
-    """A weighted sum of losses on one output, each a named term: `0.5 * BinaryCrossentropy() + Dice()`.
-
-    Args:
-        terms: pairs of a coefficient and a loss.
-
-    Raises:
-        InputError: two terms of one name, or terms that read the output in different spaces (logits, probabilities).
-
-    Example:
-        >>> import lossledger as ll
-        >>> loss = 0.5 * ll.losses.MeanSquaredError() + ll.losses.MeanAbsoluteError()
-        >>> [(coefficient, part.name) for coefficient, part in loss.terms]
-        [(0.5, 'mean_squared_error'), (1.0, 'mean_absolute_error')]
-        >>> float(loss([[0.0]], [[2.0]]))
-        4.0
-    """
-
-    def __init__(self, terms: tuple[tuple[float, Loss], ...]) -> None:
-        self.terms = terms
-        names = [loss.name for _, loss in terms]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise InputError(
-                f"Each term of a loss needs its own name; received {twice[0]!r} more than once. "
-                "Give one of them another: for example Dice(name='dice_per_image')."
-            )
-        spaces = {loss.space: loss.name for _, loss in terms if loss.space is not None}
-        if len(spaces) > 1:
-            raise InputError(
-                "The terms of one output read it in different spaces: "
-                + ", ".join(f"{name!r} expects {space}" for space, name in spaces.items())
-                + ". Give all of them from_logits, or none."
-            )
-
-    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, mask: Any = None) -> Tensor:
-        """The sum of the terms, left to right."""
-        values = [c * loss(y_true, y_pred, sample_weight, mask) for c, loss in self.terms]
-        total = values[0]
-        for value in values[1:]:
-            total = total + value
-        return total
-
-    def __iter__(self) -> Iterator[tuple[float, Loss]]:
-        return iter(self.terms)
-
-    def __mul__(self, factor: float) -> Expression:
-        return Expression(tuple((_factor(factor) * c, loss) for c, loss in self.terms))
-
-    __rmul__ = __mul__
-
-    def __add__(self, other: Loss | Expression) -> Expression:
-        if isinstance(other, Loss):
-            return Expression((*self.terms, (1.0, other)))
-        if isinstance(other, Expression):
-            return Expression((*self.terms, *other.terms))
-        return NotImplemented
-
-    def __repr__(self) -> str:
-        return " + ".join(repr(loss) if c == 1 else f"{c:g} * {loss!r}" for c, loss in self.terms)
+    def __radd__(self, other: object) -> Expression:
+        # sum() starts from the integer 0.
+        return 1.0 * self if other == 0 and isinstance(other, int) else NotImplemented
 
 
-def _factor(factor: Any) -> float:
-    if isinstance(factor, bool) or not isinstance(factor, int | float):
-        raise InputTypeError(
-            f"A loss can be multiplied by a number only; received {type(factor).__name__}. "
-            "To weigh samples, pass sample_weight in the call."
-        )
-    return float(factor)
-
-
-def _snake(name: str) -> str:
+def snake_case(name: str) -> str:
     """`MeanSquaredError` as `mean_squared_error`."""
     return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
 
@@ -590,22 +487,3 @@ def _detached(tally: Tally) -> Tally:
         tally.nonfinite,
         tally.groups,
     )
-
-
-def _select_leading(y_true: Tensor, y_pred: Tensor, mask: Tensor | None, where: str) -> tuple[Tensor, Tensor]:
-    """Harmless values at masked entries of inputs whose leading axes are those of the mask."""
-    if mask is None:
-        return y_true, y_pred
-    mask = as_mask(mask, f"{where}: mask")
-
-    def select(values: Tensor, safe: float) -> Tensor:
-        inside = mask.squeeze(-1) if mask.ndim > values.ndim and mask.shape[-1] == 1 else mask
-        inside = inside.reshape(*inside.shape, *(1,) * (values.ndim - inside.ndim))
-        return torch.where(inside, values, torch.full((), safe, dtype=values.dtype, device=values.device))
-
-    try:
-        return select(y_true, 0), select(y_pred, 0.5)
-    except RuntimeError:
-        raise InputError(
-            f"{where}: mask must have the leading axes of y_pred {tuple(y_pred.shape)}; received {tuple(mask.shape)}."
-        ) from None

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from lossledger import reduction as reductions
 from lossledger.errors import InputError
+from lossledger.losses.aligned import Aligned
 from lossledger.losses.elementwise import ElementLoss
-from lossledger.losses.loss import Aligned, By, reciprocal
+from lossledger.losses.loss import By, reciprocal
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Tally, divide
@@ -55,7 +56,7 @@ class _Overlap(ElementLoss):
         if not smooth > 0:
             raise InputError(f"{self.name}: smooth must be positive, received {smooth!r}; the divisor could be 0.")
         self._coefficients = coefficients
-        self.axis = axis if axis is None or isinstance(axis, int) else tuple(axis)  # type: ignore[assignment]
+        self.axis = axis if axis is None or isinstance(axis, int) else tuple(axis)
         self.from_logits = from_logits
         self.smooth = smooth
 
@@ -64,17 +65,10 @@ class _Overlap(ElementLoss):
         """How the loss reads the output."""
         return "logits" if self.from_logits else "probabilities"
 
-    def _last(self, y_pred: Tensor, where: str) -> int | None:
-        return None
-
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         if not self.from_logits:
             check_probabilities(y_pred, where)
         check_targets(y_true, where)
-
-    def restore(self, gradient: Tensor, y_pred: Tensor) -> Tensor:
-        """A gradient in the layout of the output."""
-        return gradient.reshape(y_pred.shape).to(y_pred.dtype)
 
     def _reduced(self, rank: int) -> tuple[int, ...]:
         """The axes that the statistics run over."""
@@ -447,20 +441,3 @@ class Tversky(_Overlap):
             raise InputError(f"{self.name}: alpha and beta must not be negative; received {alpha!r} and {beta!r}.")
         self.alpha = alpha
         self.beta = beta
-
-
-def dice(y_true: Any, y_pred: Any, axis: int | tuple[int, ...] | None = None) -> Tensor:
-    """The Dice loss of each kept cell; see `Dice`."""
-    return Dice(axis, reduction="none")(y_true, y_pred)
-
-
-def jaccard(y_true: Any, y_pred: Any, axis: int | tuple[int, ...] | None = None) -> Tensor:
-    """The Jaccard loss of each kept cell; see `Jaccard`."""
-    return Jaccard(axis, reduction="none")(y_true, y_pred)
-
-
-def tversky(
-    y_true: Any, y_pred: Any, alpha: float = 0.5, beta: float = 0.5, axis: int | tuple[int, ...] | None = None
-) -> Tensor:
-    """The Tversky loss of each kept cell; see `Tversky`."""
-    return Tversky(alpha, beta, axis, reduction="none")(y_true, y_pred)

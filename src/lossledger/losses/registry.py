@@ -13,7 +13,8 @@ from lossledger.losses.classification import (
     SparseCategoricalCrossentropy,
 )
 from lossledger.losses.custom import from_callable
-from lossledger.losses.loss import Expression, Loss, _snake
+from lossledger.losses.expression import Expression
+from lossledger.losses.loss import Loss, snake_case
 from lossledger.losses.overlap import Dice, Jaccard, Tversky
 from lossledger.losses.regression import Huber, MeanAbsoluteError, MeanSquaredError
 
@@ -37,7 +38,7 @@ CLASSES: dict[str, type[Loss]] = {
 _SHORT = {"bce": "BinaryCrossentropy", "mse": "MeanSquaredError", "mae": "MeanAbsoluteError"}
 NAMES: dict[str, type[Loss]] = {
     **CLASSES,
-    **{_snake(name): c for name, c in CLASSES.items()},
+    **{snake_case(name): c for name, c in CLASSES.items()},
     **{short: CLASSES[name] for short, name in _SHORT.items()},
     **{short.upper(): CLASSES[name] for short, name in _SHORT.items()},
 }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lossledger.errors import InputError
+from lossledger.losses.aligned import Aligned
 from lossledger.losses.elementwise import ElementLoss
-from lossledger.losses.loss import Aligned
 from lossledger.reduction import Reduction
 from lossledger.weighting import ClassWeight
 
@@ -147,18 +147,3 @@ class Huber(_ErrorLoss):
     def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
         error = batch.prediction.raw - batch.y_true
         return self._elements(batch), error.clamp(-self.delta, self.delta)
-
-
-def mean_squared_error(y_true: Any, y_pred: Any) -> Tensor:
-    """The squared error of each entry, `[B, d…]`; see `MeanSquaredError`."""
-    return MeanSquaredError("none")(y_true, y_pred)
-
-
-def mean_absolute_error(y_true: Any, y_pred: Any) -> Tensor:
-    """The absolute error of each entry, `[B, d…]`; see `MeanAbsoluteError`."""
-    return MeanAbsoluteError("none")(y_true, y_pred)
-
-
-def huber(y_true: Any, y_pred: Any, delta: float = 1.0) -> Tensor:
-    """The Huber loss of each entry, `[B, d…]`; see `Huber`."""
-    return Huber(delta, "none")(y_true, y_pred)

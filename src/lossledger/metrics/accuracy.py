@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossledger import losses
 from lossledger.errors import InputError
-from lossledger.losses.loss import Aligned
+from lossledger.losses.aligned import Aligned
 from lossledger.metrics.metric import LayoutMetric, Result, Statistics, mean, mean_sums
 from lossledger.weighting import shape_of
 

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossledger.losses.loss import Aligned, Loss
+from lossledger.losses.aligned import Aligned
+from lossledger.losses.loss import Loss
 from lossledger.weighting import Weighting, as_tensor
 
 Statistics = NDArray[np.float64] | Tensor

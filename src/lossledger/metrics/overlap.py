@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from math import prod
 from typing import Any, Literal, final
 
 import numpy as np
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from lossledger import losses
 from lossledger.errors import InputError
-from lossledger.losses.loss import Aligned, Loss
+from lossledger.losses.aligned import Aligned
+from lossledger.losses.loss import Loss
 from lossledger.metrics.accuracy import cut, decision, outside, undefined
 from lossledger.metrics.metric import LayoutMetric, Result, Statistics
 
@@ -109,10 +111,14 @@ def _column_sums(batch: Aligned, threshold: float) -> Tensor:
     """The statistics of independent columns, each with a threshold."""
     raw, product, shape = batch.prediction.raw, batch.weighting.product, batch.weighting.shape
     true, predicted = batch.y_true > 0.5, raw > threshold
-    looked_at = torch.ones((), dtype=torch.bool, device=raw.device).expand(shape)
     axes = tuple(range(raw.ndim - 1))
-    addends = (true & predicted, true, predicted, looked_at)
-    sums = torch.stack([(a if product is None else a * product).sum(axes, dtype=torch.float64) for a in addends])
+    addends = [true & predicted, true, predicted]
+    if product is not None:
+        addends = [*(addend * product for addend in addends), product.expand(shape)]
+    rows = [addend.sum(axes, dtype=torch.float64) for addend in addends]
+    if product is None:
+        rows.append(rows[0].new_full(shape[-1:], prod(shape[:-1])))
+    sums = torch.stack(rows)
     return torch.where(undefined(batch).any(axes), math.nan, sums)
 
 

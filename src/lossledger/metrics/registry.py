@@ -10,7 +10,8 @@ from torch import nn
 
 from lossledger import losses
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
-from lossledger.losses.loss import Expression, Loss
+from lossledger.losses.expression import Expression
+from lossledger.losses.loss import Loss
 from lossledger.metrics.accuracy import BinaryAccuracy, CategoricalAccuracy, SparseCategoricalAccuracy
 from lossledger.metrics.metric import Metric
 from lossledger.metrics.overlap import Activation, DiceScore, IoU
@@ -156,8 +157,8 @@ def get(identifier: Any, loss: Any = None) -> Metric | TorchMetric:
     """A metric from a name, a function, a torchmetrics object, or a metric itself.
 
     Args:
-        identifier: for example `"accuracy"`, `"iou"`, `"mae"`, `IoU(absent="one")`, `torchmetrics.F1Score("binary")`, a
-            function of `(y_true, y_pred)`, a loss (the mean of its entries).
+        identifier: for example `"accuracy"`, `"iou"`, `IoU(absent="one")`, `torchmetrics.F1Score("binary")`, a function
+            of `(y_true, y_pred)`, a loss (the mean of its entries).
         loss: the loss of the same output, anything `losses.get` takes. `"accuracy"` needs it to choose among binary,
             categorical and sparse; other names read logits, class axis and `ignore_class` from it, and keep their
             defaults where it does not say. torch's `CrossEntropyLoss` is taken to have integer labels.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lossledger import losses
 from lossledger.errors import InputError, InputTypeError
-from lossledger.losses.loss import Aligned
+from lossledger.losses.aligned import Aligned
 from lossledger.metrics.metric import LayoutMetric, Result, Statistics, mean, mean_sums, with_weight
 from lossledger.weighting import as_tensor, shape_of, weighting
 

@@ -74,6 +74,18 @@ def to_tensor(value: Any, what: str, dtype: torch.dtype) -> Tensor:
     return tensor
 
 
+def _slicer(start: int, stop: int) -> Callable[[Tensor], Tensor]:
+    return lambda a: a[start:stop]
+
+
+def _picker(ids: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda a: a.index_select(0, ids)
+
+
+def _converter(what: str, dtype: torch.dtype) -> Callable[[Any], Tensor]:
+    return lambda value: to_tensor(value, what, dtype)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ArrayData:
     """Data in memory: every array has the samples on its first axis.
@@ -102,10 +114,10 @@ class ArrayData:
             stop = min(start + batch_size, self.length)
             if order is None:
                 ids = torch.arange(start, stop)
-                yield self._batch(lambda a, i=start, j=stop: a[i:j], ids)
+                yield self._batch(_slicer(start, stop), ids)
             else:
                 ids = order[start:stop]
-                yield self._batch(lambda a, i=ids: a.index_select(0, i), ids)
+                yield self._batch(_picker(ids), ids)
 
     def _batch(self, take: Callable[[Tensor], Tensor], ids: Tensor) -> Batch:
         return Batch(
@@ -118,10 +130,7 @@ class ArrayData:
 
     def part(self, start: int, stop: int) -> ArrayData:
         """The samples from `start` to `stop`."""
-
-        def take(a: Tensor) -> Tensor:
-            return a[start:stop]
-
+        take = _slicer(start, stop)
         return ArrayData(
             map_structure(take, self.x),
             map_structure(take, self.y),
@@ -142,7 +151,7 @@ def array_data(
         InputTypeError: something that is no array.
     """
     parts = {
-        name: map_structure(lambda a, n=name: to_tensor(a, n, dtype), value)
+        name: map_structure(_converter(name, dtype), value)
         for name, value in (("x", x), ("y", y), ("sample_weight", sample_weight), ("mask", mask))
     }
     parts["mask"] = map_structure(lambda m: as_mask(m, "mask"), parts["mask"])

@@ -86,15 +86,14 @@ class Pass:
         tallies = self.running.read()
         self._logged = time.perf_counter()
         if self.show.wants_numbers:
-            values = posting.logs(self.objective, tallies)
-            last = posting.logs(self.objective, self._last)["loss"]
-            shown = {"loss": values.pop("loss"), "last": last, **values, **self._metric_values()}
-            self.show.update(self.steps, self._logged - self.started, shown)
+            self.show.update(self.steps, self._logged - self.started, self.current())
         return tallies
 
     def current(self) -> dict[str, float]:
-        """The numbers so far, read now."""
-        return {**posting.logs(self.objective, self.running.read()), **self._metric_values()}
+        """The numbers so far, read now; `last` is the loss of the last batch alone."""
+        moving = posting.logs(self.objective, self.running.read())
+        last = posting.logs(self.objective, self._last)["loss"]
+        return {"loss": moving.pop("loss"), "last": last, **moving, **self._metric_values()}
 
     def result(self) -> PassResult:
         """The sums of the whole pass."""

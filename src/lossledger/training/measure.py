@@ -13,7 +13,8 @@ from torch import Tensor
 from lossledger import metrics
 from lossledger.errors import InputError, UnknownNameError
 from lossledger.ledger import MetricRow
-from lossledger.losses.loss import Expression, Loss
+from lossledger.losses.expression import Expression
+from lossledger.losses.loss import Loss
 from lossledger.objective import Objective, Outputs
 from lossledger.training.data import Batch
 

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import lossledger
-from lossledger.errors import EmptyDataError, InputError, InputTypeError, UnknownNameError
+from lossledger.errors import InputError, InputTypeError, UnknownNameError
 from lossledger.ledger import Ledger
-from lossledger.objective import Objective, Outputs
-from lossledger.training import loop, measure, optimizers, posting
+from lossledger.objective import Objective
+from lossledger.training import boundary, loop, measure, optimizers, posting, prediction, weights
+from lossledger.training.average import Average
 from lossledger.training.callbacks import as_callback
 from lossledger.training.data import (
-    ArrayData,
     Batch,
     Data,
     array_data,
-    is_arrays,
-    leaves,
     make_data,
-    map_structure,
     order_of,
     to_device,
 )
 from lossledger.training.progress import Show
-from lossledger.training.step import StepPlan, calling, run_forward, train_step
+from lossledger.training.provenance import provenance
+from lossledger.training.step import StepPlan, calling, train_step
 from lossledger.training.summary import summary_table
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -97,6 +91,7 @@ class Model:
             )
         self.net = net
         self.stop_training = False
+        self.ledger: Ledger | None = None
         self._output_names = output_names
         self._forward = calling(net)
         self._recipe: _Recipe | None = None
@@ -235,29 +230,41 @@ class Model:
         """
         plan = self._compiled()
         assert self._recipe is not None
-        _positive(batch_size, "batch_size")
-        _positive(epochs, "epochs")
+        boundary.positive(batch_size, "batch_size")
+        boundary.positive(epochs, "epochs")
         if class_weight is not None:
             plan = replace(plan, objective=self._recipe.objective(class_weight))
         data = make_data(x, y, sample_weight, mask, self._dtype())
+        if run_dir is not None:
+            boundary.new_run(Path(run_dir))
         self._shuffle = shuffle
-        data, validation = self._validation(data, validation_split, validation_data)
-        self._check_targets(plan, data)
+        data, validation = boundary.validation(data, validation_split, validation_data, self._dtype())
+        boundary.check_targets(plan, data, self._device())
         seed = int(torch.randint(2**31, ())) if seed is None else int(seed)
-        ledger = Ledger("run" if run_dir is None else Path(run_dir).name, self._provenance(plan, seed, batch_size))
+        self.ledger = ledger = Ledger(
+            "run" if run_dir is None else Path(run_dir).name, provenance(plan, seed, batch_size)
+        )
         history: dict[str, list[float]] = {}
         watchers = [as_callback(c) for c in callbacks or ()]
-        average = _Average(plan.parameters, self._ema)
+        average = Average(plan.parameters, self._ema)
         options = loop.TrainOptions(
             batch_size,
             steps_per_epoch,
             "class",
             self._on_nonfinite,
-            self._boundary_checked(data),
+            boundary.checked_at_once(data, self._device()),
             watchers,
             average.update if self._ema is not None else None,
         )
-        steps = data.steps(batch_size) if steps_per_epoch is None else steps_per_epoch
+        available = data.steps(batch_size)
+        if steps_per_epoch is not None:
+            boundary.positive(steps_per_epoch, "steps_per_epoch")
+            if available is not None and steps_per_epoch > available:
+                raise InputError(
+                    f"steps_per_epoch: expected at most {available}, the batches of one pass over the data; received "
+                    f"{steps_per_epoch}. Train for more epochs instead."
+                )
+        steps = available if steps_per_epoch is None else steps_per_epoch
         params = {"epochs": epochs, "steps": steps, "seed": seed}
         done: list[int] = []
         step = 1
@@ -342,14 +349,14 @@ class Model:
         Returns:
             the loss, or a list of the loss and the other numbers, or a dict.
         """
-        _positive(batch_size, "batch_size")
+        boundary.positive(batch_size, "batch_size")
         data = make_data(x, y, sample_weight, mask, self._dtype())
-        self._check_targets(self._compiled(), data)
+        boundary.check_targets(self._compiled(), data, self._device())
         with Show(verbose, 0) as show:
             result = self._evaluate(data, batch_size, steps, show)
             show.end("evaluate", result.steps, result.seconds, result.logs)
-        self.ledger = Ledger("evaluate", self._provenance(self._compiled(), None, batch_size))
-        self._post(result, self.ledger, "test", 0)
+        self.ledger = ledger = Ledger("evaluate", provenance(self._compiled(), None, batch_size))
+        self._post(result, ledger, "test", 0)
         return result.logs if return_dict else _as_keras(result.logs)
 
     def _evaluate(self, data: Data, batch_size: int, steps: int | None, show: Show) -> loop.PassResult:
@@ -357,7 +364,9 @@ class Model:
         total = data.steps(batch_size) if steps is None else steps
         show.begin("evaluate", total)
         current = loop.Pass(plan.objective, self._metrics, self._device(), show, "evaluate")
-        return loop.evaluate_pass(plan, data, batch_size, steps, current, self._boundary_checked(data))
+        return loop.evaluate_pass(
+            plan, data, batch_size, steps, current, boundary.checked_at_once(data, self._device())
+        )
 
     def _validate(self, data: Data, batch_size: int, show: Show, ledger: Ledger, epoch: int) -> dict[str, float]:
         result = self._evaluate(data, batch_size, None, show)
@@ -380,31 +389,11 @@ class Model:
             verbose: as in `fit`.
             steps: number of batches, if not all.
         """
-        _positive(batch_size, "batch_size")
-        dtype = self._dtype()
-        if is_arrays(x):
-            data = array_data(x, dtype=dtype)
-            inputs = (b.x for b in data.batches(batch_size, None))
-        else:
-            inputs = (item.x if isinstance(item, Batch) else _first(item, dtype) for item in x)
-        found = []
-        was_training = self.net.training
-        self.net.eval()
+        boundary.positive(batch_size, "batch_size")
         autocast = None if self._plan is None else self._plan.autocast
-        device = self._device()
-        try:
-            with torch.inference_mode():
-                for index, one in enumerate(inputs):
-                    if steps is not None and index >= steps:
-                        break
-                    outputs = run_forward(self._forward, to_device(Batch(one), device).x, autocast, device.type)
-                    outputs = outputs.outputs if isinstance(outputs, Outputs) else outputs
-                    found.append(map_structure(_to_numpy, outputs))
-        finally:
-            self.net.train(was_training)
-        if not found:
-            raise EmptyDataError("predict: the data gave no batch; expected at least one.")
-        return _concatenate(found)
+        return prediction.predict(
+            self.net, self._forward, x, batch_size, steps, autocast, self._device(), self._dtype()
+        )
 
     # --- single batches ----------------------------------------------------------------------------------------
 
@@ -454,12 +443,7 @@ class Model:
         Args:
             path: path of the file; an existing file is replaced once the new one is complete.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".partial")
-        state = {name: value.detach().contiguous().clone() for name, value in self.net.state_dict().items()}
-        safetensors.torch.save_file(state, str(temporary))
-        temporary.replace(target)
+        weights.save(self.net, path)
 
     def load_weights(self, path: str | Path) -> None:
         """Read weights that `save_weights` wrote.
@@ -467,12 +451,7 @@ class Model:
         Raises:
             InputError: no such file, or weights of another model.
         """
-        if not Path(path).is_file():
-            raise InputError(f"load_weights: expected a safetensors file, found none at {path}.")
-        try:
-            self.net.load_state_dict(safetensors.torch.load_file(str(path)))
-        except (RuntimeError, safetensors.SafetensorError) as error:
-            raise InputError(f"load_weights: {path} does not fit this model. {error}") from None
+        weights.load(self.net, path)
 
     def summary(self, print_fn: Any = None) -> None:
         """Print the modules with parameters, their shapes and sizes."""
@@ -494,123 +473,7 @@ class Model:
     def _single(self, objective: Objective) -> loop.Pass:
         return loop.Pass(objective, self._metrics, self._device(), Show(0, 0), "")
 
-    def _validation(self, data: Data, split: float, given: Any) -> tuple[Data, Data | None]:
-        if given is not None:
-            if split:
-                raise InputError("validation_split and validation_data were both given; choose one.")
-            if isinstance(given, list | tuple) and 2 <= len(given) <= 3 and is_arrays(given[0]):
-                weight = given[2] if len(given) == 3 else None
-                return data, make_data(given[0], given[1], weight, None, self._dtype())
-            return data, make_data(given, None, None, None, self._dtype())
-        if not split:
-            return data, None
-        if not 0 < split < 1:
-            raise InputError(f"validation_split: expected a share between 0 and 1, received {split!r}.")
-        if not isinstance(data, ArrayData):
-            raise InputError("validation_split needs arrays; x is an iterable of batches. Pass validation_data.")
-        kept = int(data.length * (1 - split))
-        if kept in (0, data.length):
-            raise EmptyDataError(
-                f"validation_split={split} of {data.length} samples leaves "
-                f"{'nothing to train on' if kept == 0 else 'nothing to validate on'}. Change the share."
-            )
-        return data.part(0, kept), data.part(kept, data.length)
-
-    def _boundary_checked(self, data: Data) -> bool:
-        """Arrays were checked at once; batches of an iterable are checked as they come, where reading costs nothing."""
-        return isinstance(data, ArrayData) or self._device().type != "cpu"
-
-    def _check_targets(self, plan: StepPlan, data: Data) -> None:
-        """All targets against the shape of the output of two samples: label range, shapes, probabilities."""
-        if not isinstance(data, ArrayData):
-            return
-        probe = to_device(next(iter(data.part(0, min(2, data.length)).batches(2, None))), self._device())
-        was_training = self.net.training
-        self.net.eval()
-        try:
-            with torch.no_grad():
-                outputs = run_forward(plan.forward, probe.x, plan.autocast, self._device().type)
-        finally:
-            self.net.train(was_training)
-        outputs = outputs.outputs if isinstance(outputs, Outputs) else outputs
-        for found in leaves(outputs):
-            if found.ndim == 0 or found.shape[0] != probe.size:
-                raise InputError(
-                    f"The model returned shape {tuple(found.shape)} for {probe.size} samples; expected the batch on "
-                    "the first axis."
-                )
-        plan.objective.check_data(data.y, outputs, data.sample_weight, data.mask, data.length)
-
-    def _provenance(self, plan: StepPlan, seed: int | None, batch_size: int) -> dict[str, Any]:
-        objective = plan.objective
-        return {
-            "recipe": {t.name: {"loss": repr(t.loss), "weight": t.coefficient} for t in objective.terms},
-            "divisors": {t.name: t.loss.reduction.name for t in objective.terms},
-            "regularizers": {p.name: repr(p.regularizer) for p in objective.penalties},
-            "class_names": list(objective.class_names or ()),
-            "class_weight": {t.name: _plain(t.class_weight) for t in objective.terms if t.class_weight is not None},
-            "optimizer": type(plan.optimizer).__name__,
-            "learning_rate": float(plan.optimizer.param_groups[0]["lr"]),
-            "batch_size": batch_size,
-            "seed": seed,
-            "parameters": sum(p.numel() for p in plan.parameters),
-            "versions": {
-                "lossledger": lossledger.__version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-            },
-        }
-
-
-class _Average:
-    """Exponential moving average of the parameters, updated after each step, installed at the end."""
-
-    def __init__(self, parameters: tuple[nn.Parameter, ...], decay: float | None) -> None:
-        self._parameters, self._decay = parameters, decay
-        self._average = [p.detach().clone() for p in parameters] if decay is not None else []
-
-    def update(self) -> None:
-        assert self._decay is not None
-        torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - self._decay)
-
-    def install(self) -> None:
-        with torch.no_grad():
-            for parameter, average in zip(self._parameters, self._average, strict=False):
-                parameter.copy_(average)
-
-
-def _positive(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise InputError(f"{name}: expected a whole number from 1, received {value!r}.")
-
-
-def _plain(class_weight: Any) -> Any:
-    if isinstance(class_weight, Mapping):
-        return {str(k): float(v) for k, v in class_weight.items()}
-    return [float(v) for v in class_weight]
-
 
 def _as_keras(logs: dict[str, float]) -> Any:
     values = list(logs.values())
     return values[0] if len(values) == 1 else values
-
-
-def _to_numpy(tensor: Any) -> np.ndarray[Any, Any]:
-    if not isinstance(tensor, Tensor):
-        raise InputTypeError(f"predict: the model must return tensors, received {type(tensor).__name__}.")
-    return tensor.float().cpu().numpy() if tensor.dtype == torch.bfloat16 else tensor.cpu().numpy()
-
-
-def _concatenate(found: list[Any]) -> Any:
-    first = found[0]
-    if isinstance(first, Mapping):
-        return {key: _concatenate([part[key] for part in found]) for key in first}
-    if isinstance(first, list | tuple):
-        return type(first)(_concatenate([part[i] for part in found]) for i in range(len(first)))
-    return np.concatenate(found)
-
-
-def _first(item: Any, dtype: torch.dtype) -> Any:
-    """The inputs of a batch: alone, or the first of `(x, y)`."""
-    x = item[0] if isinstance(item, list | tuple) and 2 <= len(item) <= 3 else item
-    return array_data(x, dtype=dtype).x

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,65 +29,69 @@ class Running:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._patterns: dict[str, Tally] = {}
-        self._sums: dict[str, list[Tensor]] = {}
-        self._numbers: dict[str, list[int | float]] = {}
+        # The sums of each term, slot by slot; a plain number stays one until a batch brings a tensor in its place.
+        self._sums: dict[str, list[Tensor | int | float]] = {}
         self.batches = 0
 
     def add(self, tallies: dict[str, Tally]) -> None:
         """Add the tallies of a batch."""
         self.batches += 1
         for name, tally in tallies.items():
-            tensors, numbers = _fields(tally)
+            values = _slots(tally)
             if name not in self._patterns:
                 self._patterns[name] = tally
-                self._sums[name] = [t.detach().to(self._device, _wide(t), copy=True) for t in tensors]
-                self._numbers[name] = numbers
-                continue
-            torch._foreach_add_(self._sums[name], [t.detach() for t in tensors])
-            self._numbers[name] = [a + b for a, b in zip(self._numbers[name], numbers, strict=True)]
+                self._sums[name] = [self._copy(v) if isinstance(v, Tensor) else v for v in values]
+            else:
+                self._accumulate(self._sums[name], values)
+
+    def _copy(self, value: Tensor) -> Tensor:
+        # Sums of many batches need float64, and counts int64.
+        wide = torch.float64 if value.is_floating_point() else torch.int64
+        return value.detach().to(self._device, wide, copy=True)
+
+    def _accumulate(self, sums: list[Tensor | int | float], values: list[Tensor | int | float]) -> None:
+        targets, addends = [], []
+        for slot, value in enumerate(values):
+            known = sums[slot]
+            if isinstance(known, Tensor) and isinstance(value, Tensor):
+                targets.append(known)
+                addends.append(value.detach())
+            elif isinstance(value, Tensor):
+                sums[slot] = self._copy(value) + known
+            else:
+                sums[slot] = known + value
+        torch._foreach_add_(targets, addends)
 
     def read(self) -> dict[str, Tally]:
         """The sums so far, on the host as NumPy values: one transfer for all terms."""
-        flat = [t.reshape(-1).double() for sums in self._sums.values() for t in sums]
-        host = torch.cat(flat).cpu().numpy() if flat else None
+        flat = [v.reshape(-1).double() for sums in self._sums.values() for v in sums if isinstance(v, Tensor)]
+        host = torch.cat(flat).cpu().numpy() if flat else np.zeros(0)
         found: dict[str, Tally] = {}
         start = 0
-        for name, pattern in self._patterns.items():
-            values = []
-            for tensor in self._sums[name]:
-                assert host is not None
-                part = host[start : start + tensor.numel()].reshape(tensor.shape)
-                values.append(part if tensor.ndim else part.item())
-                start += tensor.numel()
-            found[name] = _rebuild(pattern, values, self._numbers[name])
+        for name, sums in self._sums.items():
+            values: list[Any] = []
+            for value in sums:
+                if not isinstance(value, Tensor):
+                    values.append(value)
+                    continue
+                part = host[start : start + value.numel()].reshape(tuple(value.shape))
+                values.append(part if value.ndim else part.item())
+                start += value.numel()
+            found[name] = _rebuild(self._patterns[name], values)
         return found
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    """Sums of many batches need float64, and counts int64."""
-    return torch.float64 if tensor.is_floating_point() else torch.int64
-
-
-def _slots(tally: Tally) -> list[object]:
+def _slots(tally: Tally) -> list[Tensor | int | float]:
     groups = tally.groups
     rows = [] if groups is None else [groups.numerator, groups.total, groups.count, groups.weight]
     return [tally.numerator, tally.divisor, tally.count, tally.weight, tally.nonfinite, *rows]
 
 
-def _fields(tally: Tally) -> tuple[list[Tensor], list[int | float]]:
-    """The statistics that are tensors, and those that are plain numbers, each in the order of the slots."""
-    slots = _slots(tally)
-    tensors = [s for s in slots if isinstance(s, Tensor)]
-    return tensors, [s for s in slots if isinstance(s, int | float)]
-
-
-def _rebuild(pattern: Tally, tensors: list[object], numbers: list[int | float]) -> Tally:
-    """A tally like the pattern, with the summed statistics in the places they came from."""
-    from_tensors, from_numbers = iter(tensors), iter(numbers)
-    values = [next(from_tensors) if isinstance(s, Tensor) else next(from_numbers) for s in _slots(pattern)]
+def _rebuild(pattern: Tally, values: list[Any]) -> Tally:
+    """A tally like the pattern, with the summed statistics."""
     groups = pattern.groups
     if groups is not None:
-        groups = Groups(groups.kind, groups.keys, *values[5:9], cell=groups.cell)
+        groups = Groups(groups.kind, groups.keys, values[5], values[6], values[7], values[8], groups.cell)
     numerator, divisor, count, weight, nonfinite = values[:5]
     return replace(
         pattern,

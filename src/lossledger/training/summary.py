@@ -26,7 +26,8 @@ def summary_table(net: nn.Module) -> str:
             )
     total = sum(p.numel() for p in net.parameters())
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    console = Console(width=80, record=True, file=None, quiet=False, force_terminal=False)
+    console = Console(width=80, force_terminal=False)
     with console.capture() as capture:
         console.print(table)
-    return f"{capture.get().rstrip()}\n{total:,} parameters, {trainable:,} trainable"
+    lines = "\n".join(line.rstrip() for line in capture.get().splitlines())
+    return f"{lines.rstrip()}\n{total:,} parameters, {trainable:,} trainable"

@@ -29,7 +29,7 @@ def nonfinite_error(
         a `NonFiniteError`; or the error that explains it better, such as predictions that are no probabilities.
     """
     bad = {name: int(t.nonfinite) for name, t in tallies.items() if int(t.nonfinite) > 0}
-    terms = ", ".join(f"{name!r} ({count:,} elements)" for name, count in bad.items())
+    terms = ", ".join(f"{name!r} ({count:,} {'element' if count == 1 else 'elements'})" for name, count in bad.items())
     message = f"step {step}: the loss is not finite; expected finite elements, received NaN or infinity in {terms}."
     if batch is not None:
         if outputs is not None:
@@ -60,7 +60,7 @@ def _samples(objective: Objective, batch: Batch, outputs: Any, terms: set[str]) 
             named = "data set indices" if batch.ids is not None else "positions in the batch"
             ids = positions if batch.ids is None else batch.ids[positions]
             shown = ", ".join(str(int(i)) for i in ids[:8]) + (", …" if len(ids) > 8 else "")
-            return f" {len(positions)} of {size} samples are bad ({named} {shown})."
+            return f" Bad samples: {len(positions)} of {size} ({named} {shown})."
     return ""
 
 

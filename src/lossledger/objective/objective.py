@@ -1,207 +1,29 @@
-"""The objective: a named sum of terms over outputs, and the breakdown of one batch into them.
+"""The objective: what a batch goes through, by the plan.
 
-The user's loss (one, a list, a dict by output, an expression of several) is understood once, into a frozen plan of
-terms; from then on every batch goes through the plan. A term is λ × value, and the total is the sum of the
-contributions from left to right: data terms, regularizers, auxiliary losses.
+A term is λ × value, and the total is the sum of the contributions from left to right: data terms, regularizers,
+auxiliary losses.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import fnmatch
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lossledger import losses, regularizers
-from lossledger.errors import EmptyDataError, InputError, InputTypeError, UnknownNameError
-from lossledger.losses.loss import Aligned, Expression, Loss
-from lossledger.regularizers import Regularizer
+from lossledger.errors import EmptyDataError, InputError, UnknownNameError
+from lossledger.losses.aligned import Aligned
+from lossledger.objective import plan as planning
+from lossledger.objective.auxiliary import Outputs, auxiliary_tally
+from lossledger.objective.breakdown import Backprop, Breakdown, Term
+from lossledger.objective.plan import PenaltyPlan
 from lossledger.tally import Tally
-from lossledger.weighting import ClassWeight
 
 # Samples whose targets are checked together: bounds the memory of the check.
 CHECKED_AT_ONCE = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """What a model returns when it has losses of its own beside its outputs.
-
-    Args:
-        outputs: the outputs, as the model would return them alone.
-        losses: auxiliary losses by name, a scalar or one value a sample, `[B]`, each; `loss_weights` may weigh them.
-
-    Example:
-        >>> import torch
-        >>> sorted(Outputs(torch.zeros(2, 1), {"kl": torch.ones(2)}).losses)
-        ['kl']
-    """
-
-    outputs: Any
-    losses: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-_collector: contextvars.ContextVar[dict[str, Tensor] | None] = contextvars.ContextVar("auxiliary", default=None)
-
-
-def add_loss(name: str, value: Tensor) -> None:
-    """Add an auxiliary loss from inside a module's forward; it becomes a term of that name.
-
-    Outside of lossledger's training and evaluation the call does nothing, so the module works anywhere.
-
-    Args:
-        name: name of the term.
-        value: a scalar, or one value a sample, `[B]` (then its mean is exact for every split of the data).
-
-    Raises:
-        InputError: the name was already used in this forward.
-    """
-    found = _collector.get()
-    if found is None:
-        return
-    if name in found:
-        raise InputError(f"add_loss: the name {name!r} was already used in this forward; each term needs its own.")
-    found[name] = value
-
-
-@contextlib.contextmanager
-def collecting() -> Iterator[dict[str, Tensor]]:
-    """Collects what `add_loss` is given while a model runs."""
-    found: dict[str, Tensor] = {}
-    token = _collector.set(found)
-    try:
-        yield found
-    finally:
-        _collector.reset(token)
-
-
-@dataclass(frozen=True, slots=True)
-class TermPlan:
-    """A data term: which loss reads which output, and its weights.
-
-    `coefficient` is λ, the weight in the total: that of the output times `part_weight`, the weight in its expression.
-    """
-
-    name: str
-    output: str
-    loss: Loss
-    coefficient: float
-    part_weight: float
-    class_weight: ClassWeight | None
-
-
-@dataclass(frozen=True, slots=True)
-class PenaltyPlan:
-    """A regularizer, the parameters that it applies to, and the name of its term."""
-
-    name: str
-    regularizer: Regularizer
-    pattern: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Term:
-    """One term of a breakdown: λ × value.
-
-    Args:
-        name: name of the term, `"output/loss"` when there are several outputs.
-        role: `"data"`, `"regularizer"` or `"auxiliary"`.
-        weight: λ.
-        tally: its additive statistics.
-    """
-
-    name: str
-    role: str
-    weight: float
-    tally: Tally
-    _loss: Loss | None = None
-    _batch: Aligned | None = None
-
-    @property
-    def value(self) -> Tensor:
-        """The value of the loss, detached."""
-        return torch.as_tensor(self.tally.value).detach()
-
-    @property
-    def contribution(self) -> Tensor:
-        """λ × value, detached: what the term adds to the total."""
-        return self.weight * self.value
-
-    def by(self, kind: str) -> dict[Hashable, Tensor]:
-        """The contribution of each group, detached 0-d tensors; they sum to `contribution`.
-
-        Args:
-            kind: `"class"`, `"label"`, `"sample"` or `"column"`.
-
-        Returns:
-            by the index of the class, column or sample; for losses that split classes by presence, by
-            `(index, "present")` and `(index, "absent")`.
-        """
-        tally = self.grouped(kind)
-        shares = self.weight * tally.contributions()
-        keys = tally.groups.keys if tally.groups is not None else None
-        names: Sequence[Hashable] = range(len(shares))
-        if keys is not None:
-            names = [name if presence == "" else (name, presence) for name, presence in keys]
-        return dict(zip(names, shares.unbind(), strict=True))
-
-    def grouped(self, kind: str) -> Tally:
-        """The tally of the term, divided over groups."""
-        if self._loss is None or self._batch is None:
-            raise InputError(f"{self.name}: a {self.role} term cannot be divided by {kind!r}; it has one value.")
-        with torch.no_grad():
-            return self._loss.tally_aligned(self._batch, kind)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Breakdown:
-    """The loss of one batch with its terms: `sum(t.contribution for t in terms.values()) == total`.
-
-    Args:
-        total: differentiable scalar, the contributions summed from left to right.
-        terms: by name, in the order of the sum.
-    """
-
-    total: Tensor
-    terms: dict[str, Term]
-
-    @property
-    def value(self) -> float:
-        """The total as a float."""
-        return float(self.total.detach())
-
-    def backward(self) -> None:
-        """Back-propagate the total."""
-        self.total.backward()
-
-    def __str__(self) -> str:
-        width = max([len(name) for name in self.terms] + [5])
-        lines = [f"{'term':<{width}}  {'λ':>8}  {'value':>12}  {'contribution':>12}"]
-        for name, term in self.terms.items():
-            lines.append(
-                f"{name:<{width}}  {term.weight:>8.4g}  {float(term.value):>12.6g}  {float(term.contribution):>12.6g}"
-            )
-        return "\n".join([*lines, f"{'total':<{width}}  {'':>8}  {'':>12}  {self.value:>12.6g}"])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Backprop:
-    """What one batch leaves for the step: tallies by term, and what to back-propagate.
-
-    Args:
-        tallies: by term name, detached.
-        roots: tensors of the graph, outputs and auxiliary values.
-        gradients: the gradient of the window's loss with respect to each root.
-    """
-
-    tallies: dict[str, Tally]
-    roots: list[Tensor]
-    gradients: list[Tensor]
 
 
 class Objective:
@@ -240,12 +62,12 @@ class Objective:
         class_names: Sequence[str] | None = None,
     ) -> None:
         self.class_names = None if class_names is None else tuple(str(name) for name in class_names)
-        by_output, self.structure = _by_output(loss, output_names)
+        by_output, self.structure = planning.by_output(loss, output_names)
         self.outputs = tuple(by_output)
-        weights, self._auxiliary_weights = _loss_weights(loss_weights, self.outputs, self.structure)
-        classes = _class_weights(class_weight, self.outputs, self.structure)
-        self.terms = _plan(by_output, weights, classes, self.structure, self.class_names)
-        self.penalties = _penalties(regularizers)
+        weights, self._auxiliary_weights = planning.loss_weights(loss_weights, self.outputs, self.structure)
+        classes = planning.class_weights(class_weight, self.outputs, self.structure)
+        self.terms = planning.terms(by_output, weights, classes, self.structure, self.class_names)
+        self.penalties = planning.penalties(regularizers)
         if not self.terms:
             raise EmptyDataError("The objective has no term: every output has the loss None. Give at least one a loss.")
 
@@ -386,6 +208,7 @@ class Objective:
         trues = self.split(y, "y_true", required=frozenset(plan.output for plan in self.terms))
         weights = self.split_optional(sample_weight, "sample_weight")
         masks = self.split_optional(mask, "mask")
+        self._check_class_names(preds)
         for plan in self.terms:
             key = plan.output
             # One prediction, repeated without memory: only its shape matters for the targets.
@@ -398,6 +221,21 @@ class Objective:
                 ]
                 like = preds[key][:1].detach().cpu().expand(stop - start, *shape[1:])
                 plan.loss.align(parts[0], like, parts[1], parts[2], plan.class_weight, plan.name)
+
+    def _check_class_names(self, preds: Mapping[str, Tensor]) -> None:
+        """As many names as classes, on one output at least.
+
+        Raises:
+            InputError: another number.
+        """
+        if self.class_names is None:
+            return
+        lengths = {preds[t.output].shape[t.loss.class_axis] for t in self.terms if preds[t.output].ndim > 1}
+        if lengths and len(self.class_names) not in lengths:
+            raise InputError(
+                f"class_names: expected {' or '.join(map(str, sorted(lengths)))} names, as many as the output has "
+                f"classes; received {len(self.class_names)}: {list(self.class_names)}."
+            )
 
     # --- the plan ----------------------------------------------------------------------------------------------
 
@@ -472,12 +310,15 @@ class Objective:
                 )
             return {"": value}
         if isinstance(value, Mapping):
-            missing = [name for name in required if name not in value]
-            if missing:
-                raise UnknownNameError(f"output in {what} (missing {missing[0]!r})", missing[0], value)
             unknown = [name for name in value if name not in self.outputs]
             if unknown and what != "y_pred":
                 raise UnknownNameError(f"output in {what}", unknown[0], self.outputs)
+            missing = [name for name in required if name not in value]
+            if missing:
+                raise InputError(
+                    f"{what}: expected the output {missing[0]!r}, received only {list(value)}. The loss was given for "
+                    f"{list(self.outputs)}; give the loss None to an output without one."
+                )
             return {name: value[name] for name in self.outputs if name in value}
         if isinstance(value, list | tuple):
             if len(value) != len(self.outputs):
@@ -488,7 +329,8 @@ class Objective:
             return dict(zip(self.outputs, value, strict=True))
         raise InputError(
             f"{what}: expected a {'dict' if self.structure == 'dict' else 'list'} with the outputs "
-            f"{list(self.outputs)}, received {type(value).__name__}. The loss was given by output."
+            f"{list(self.outputs)}, received {type(value).__name__}. The loss was given by output; for several losses "
+            "on one output add them: a + b."
         )
 
     def joined(self, by_name: dict[str, Any]) -> Any:
@@ -520,23 +362,6 @@ def detach(tally: Tally) -> Tally:
     return replace(tally, numerator=tally.numerator.detach())
 
 
-def auxiliary_tally(name: str, value: Tensor, samples: int) -> Tally:
-    """The tally of an auxiliary loss: the mean of one value a sample, or a scalar that counts for its samples.
-
-    Raises:
-        InputError: another shape.
-    """
-    if not isinstance(value, Tensor) or value.ndim > 1 or (value.ndim == 1 and value.shape[0] != samples):
-        received = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(
-            f"auxiliary loss {name!r}: expected a scalar tensor or one value a sample, ({samples},); received "
-            f"{received}. Reduce it over all axes but the batch."
-        )
-    bad = value.numel() - torch.isfinite(value.detach()).sum()
-    numerator = value.sum() if value.ndim else value * samples
-    return Tally(numerator, samples, samples, samples, nonfinite=bad)
-
-
 def _is_numbers(value: Sequence[Any]) -> bool:
     return all(isinstance(v, int | float) for v in value)
 
@@ -547,115 +372,3 @@ def _shared(batch: Aligned, others: list[Aligned]) -> Aligned:
         if other.prediction.raw is batch.prediction.raw:
             return replace(batch, prediction=other.prediction)
     return batch
-
-
-def _by_output(loss: Any, names: Sequence[str] | None) -> tuple[dict[str, Loss | Expression | None], str]:
-    """The loss of each output, and whether outputs come alone, in a list or in a dict."""
-    if isinstance(loss, Mapping) and not set(loss) >= {"class_name", "config"}:
-        found = {str(name): None if one is None else losses.get(one) for name, one in loss.items()}
-        return found, "dict"
-    if isinstance(loss, list | tuple):
-        names = [f"output_{i}" for i in range(len(loss))] if names is None else [str(n) for n in names]
-        if len(names) != len(loss):
-            raise InputError(
-                f"loss: expected one loss for each of the outputs {names}, received {len(loss)}. "
-                "Use None for an output without a loss."
-            )
-        return {n: None if one is None else losses.get(one) for n, one in zip(names, loss, strict=True)}, "list"
-    if loss is None:
-        raise InputTypeError("loss: expected a loss, a list or a dict of losses by output; received None.")
-    return {"": losses.get(loss)}, "one"
-
-
-def _loss_weights(weights: Any, outputs: tuple[str, ...], structure: str) -> tuple[dict[str, float], dict[str, float]]:
-    """λ of each output, and the weights whose names are no output: those of auxiliary losses."""
-    if weights is None:
-        return {}, {}
-    if isinstance(weights, Mapping):
-        numbers = {str(name): _number(value, f"loss_weights[{name!r}]") for name, value in weights.items()}
-        return (
-            {name: value for name, value in numbers.items() if name in outputs},
-            {name: value for name, value in numbers.items() if name not in outputs},
-        )
-    if isinstance(weights, list | tuple):
-        if len(weights) != len(outputs):
-            raise InputError(
-                f"loss_weights: expected {len(outputs)} numbers for the outputs {list(outputs)}, "
-                f"received {len(weights)}."
-            )
-        return {n: _number(w, "loss_weights") for n, w in zip(outputs, weights, strict=True)}, {}
-    if structure != "one":
-        raise InputError(
-            f"loss_weights: expected a dict or list for the outputs {list(outputs)}, received {weights!r}."
-        )
-    return {"": _number(weights, "loss_weights")}, {}
-
-
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise InputTypeError(f"{where}: expected a number, received {value!r}.")
-    return float(value)
-
-
-def _class_weights(class_weight: Any, outputs: tuple[str, ...], structure: str) -> dict[str, ClassWeight]:
-    if class_weight is None:
-        return {}
-    if structure == "one":
-        return {"": class_weight}
-    if isinstance(class_weight, Mapping) and all(isinstance(key, str) for key in class_weight):
-        unknown = [name for name in class_weight if name not in outputs]
-        if unknown:
-            raise UnknownNameError("output in class_weight", unknown[0], outputs)
-        return dict(class_weight)
-    raise InputError(
-        f"class_weight: the model has several outputs {list(outputs)}; expected a dict by output, then by class, "
-        f"received {class_weight!r}."
-    )
-
-
-def _plan(
-    by_output: dict[str, Loss | Expression | None],
-    weights: dict[str, float],
-    class_weights: dict[str, ClassWeight],
-    structure: str,
-    class_names: tuple[str, ...] | None,
-) -> tuple[TermPlan, ...]:
-    terms = []
-    for output, loss in by_output.items():
-        if loss is None:
-            continue
-        parts = loss.terms if isinstance(loss, Expression) else ((1.0, loss),)
-        for coefficient, part in parts:
-            name = part.name if structure == "one" else f"{output}/{part.name}"
-            class_weight = _indexed(class_weights.get(output), class_names, name)
-            weight = coefficient * weights.get(output, 1.0)
-            terms.append(TermPlan(name, output, part, weight, coefficient, class_weight))
-    return tuple(terms)
-
-
-def _indexed(class_weight: ClassWeight | None, class_names: tuple[str, ...] | None, where: str) -> ClassWeight | None:
-    """Class weights by index: names are resolved once, here."""
-    if not isinstance(class_weight, Mapping) or not any(isinstance(key, str) for key in class_weight):
-        return class_weight
-    found: dict[Any, float] = {}
-    for key, value in class_weight.items():
-        if isinstance(key, str) and (class_names is None or key not in class_names):
-            raise UnknownNameError(f"class in class_weight of {where}", key, class_names or ())
-        found[class_names.index(key) if isinstance(key, str) and class_names is not None else key] = value
-    return found
-
-
-def _penalties(given: Mapping[str, Any] | None) -> tuple[PenaltyPlan, ...]:
-    if given is None:
-        return ()
-    if not isinstance(given, Mapping):
-        raise InputTypeError(
-            "regularizers: expected a dict from a pattern of parameter names to a regularizer, for example "
-            f"{{'*.weight': 'l2'}}; received {type(given).__name__}."
-        )
-    plans = []
-    for pattern, one in given.items():
-        regularizer = regularizers.get(one)
-        name = regularizer.name if pattern == "*" else f"{regularizer.name}/{pattern}"
-        plans.append(PenaltyPlan(name, regularizer, str(pattern)))
-    return tuple(plans)

@@ -1,0 +1,69 @@
+"""One batch between the caller and the arithmetic: aligned, weighted, masked elements made harmless."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lossledger.errors import InputError
+from lossledger.losses.prediction import Prediction
+from lossledger.weighting import ClassWeight, Weighting, as_mask
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Late:
+    """What a call gave beside targets and predictions, not yet in the shape of the elements."""
+
+    sample_weight: Tensor | None
+    mask: Tensor | None
+    class_weight: ClassWeight | None
+
+    @property
+    def given(self) -> str | None:
+        """The first argument that was given."""
+        return next(
+            (name for name in ("sample_weight", "mask", "class_weight") if getattr(self, name) is not None), None
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Aligned:
+    """One batch, ready for arithmetic: a layout with the class axis last, masked elements replaced by safe values.
+
+    Args:
+        y_true: targets in the layout of the loss.
+        prediction: the output in the same layout.
+        weighting: mask and weight of each element.
+        where: the term, for messages.
+        late: sample weight, mask and class weight of a loss whose `call` alone can tell the shape of its entries;
+            they become the weighting once it has run.
+        column_weight: `[C]`, class weights of a loss that treats them apart from sample weights.
+    """
+
+    y_true: Tensor
+    prediction: Prediction
+    weighting: Weighting
+    where: str
+    late: Late | None = None
+    column_weight: Tensor | None = None
+
+
+def select_leading(y_true: Tensor, y_pred: Tensor, mask: Tensor | None, where: str) -> tuple[Tensor, Tensor]:
+    """Harmless values at masked entries of inputs whose leading axes are those of the mask."""
+    if mask is None:
+        return y_true, y_pred
+    mask = as_mask(mask, f"{where}: mask")
+
+    def select(values: Tensor, safe: float) -> Tensor:
+        inside = mask.squeeze(-1) if mask.ndim > values.ndim and mask.shape[-1] == 1 else mask
+        inside = inside.reshape(*inside.shape, *(1,) * (values.ndim - inside.ndim))
+        return torch.where(inside, values, torch.full((), safe, dtype=values.dtype, device=values.device))
+
+    try:
+        return select(y_true, 0), select(y_pred, 0.5)
+    except RuntimeError:
+        raise InputError(
+            f"{where}: mask must have the leading axes of y_pred {tuple(y_pred.shape)}; received {tuple(mask.shape)}."
+        ) from None

@@ -1,0 +1,153 @@
+"""From what a user gives as loss, weights and regularizers to a frozen plan of terms, understood once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lossledger import losses, regularizers
+from lossledger.errors import InputError, InputTypeError, UnknownNameError
+from lossledger.losses.expression import Expression
+from lossledger.losses.loss import Loss
+from lossledger.regularizers import Regularizer
+from lossledger.weighting import ClassWeight
+
+
+@dataclass(frozen=True, slots=True)
+class TermPlan:
+    """A data term: which loss reads which output, and its weights.
+
+    `coefficient` is λ, the weight in the total: that of the output times `part_weight`, the weight in its expression.
+    """
+
+    name: str
+    output: str
+    loss: Loss
+    coefficient: float
+    part_weight: float
+    class_weight: ClassWeight | None
+
+
+@dataclass(frozen=True, slots=True)
+class PenaltyPlan:
+    """A regularizer, the parameters that it applies to, and the name of its term."""
+
+    name: str
+    regularizer: Regularizer
+    pattern: str
+
+
+def by_output(loss: Any, names: Sequence[str] | None) -> tuple[dict[str, Loss | Expression | None], str]:
+    """The loss of each output, and whether outputs come alone, in a list or in a dict."""
+    if isinstance(loss, Mapping) and not set(loss) >= {"class_name", "config"}:
+        found = {str(name): None if one is None else losses.get(one) for name, one in loss.items()}
+        return found, "dict"
+    if isinstance(loss, list | tuple):
+        names = [f"output_{i}" for i in range(len(loss))] if names is None else [str(n) for n in names]
+        if len(names) != len(loss):
+            raise InputError(
+                f"loss: expected one loss for each of the outputs {names}, received {len(loss)}. "
+                "Use None for an output without a loss."
+            )
+        return {n: None if one is None else losses.get(one) for n, one in zip(names, loss, strict=True)}, "list"
+    if loss is None:
+        raise InputTypeError("loss: expected a loss, a list or a dict of losses by output; received None.")
+    return {"": losses.get(loss)}, "one"
+
+
+def loss_weights(weights: Any, outputs: tuple[str, ...], structure: str) -> tuple[dict[str, float], dict[str, float]]:
+    """λ of each output, and the weights whose names are no output: those of auxiliary losses."""
+    if weights is None:
+        return {}, {}
+    if isinstance(weights, Mapping):
+        numbers = {str(name): _number(value, f"loss_weights[{name!r}]") for name, value in weights.items()}
+        return (
+            {name: value for name, value in numbers.items() if name in outputs},
+            {name: value for name, value in numbers.items() if name not in outputs},
+        )
+    if isinstance(weights, list | tuple):
+        if len(weights) != len(outputs):
+            raise InputError(
+                f"loss_weights: expected {len(outputs)} numbers for the outputs {list(outputs)}, "
+                f"received {len(weights)}."
+            )
+        return {n: _number(w, "loss_weights") for n, w in zip(outputs, weights, strict=True)}, {}
+    if structure != "one":
+        raise InputError(
+            f"loss_weights: expected a dict or list for the outputs {list(outputs)}, received {weights!r}."
+        )
+    return {"": _number(weights, "loss_weights")}, {}
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise InputTypeError(f"{where}: expected a number, received {value!r}.")
+    return float(value)
+
+
+def class_weights(class_weight: Any, outputs: tuple[str, ...], structure: str) -> dict[str, ClassWeight]:
+    """Class weights of each output."""
+    if class_weight is None:
+        return {}
+    if structure == "one":
+        return {"": class_weight}
+    if isinstance(class_weight, Mapping) and all(isinstance(key, str) for key in class_weight):
+        unknown = [name for name in class_weight if name not in outputs]
+        if unknown:
+            raise UnknownNameError("output in class_weight", unknown[0], outputs)
+        return dict(class_weight)
+    raise InputError(
+        f"class_weight: the model has several outputs {list(outputs)}; expected a dict by output, then by class, "
+        f"received {class_weight!r}."
+    )
+
+
+def terms(
+    by_output: dict[str, Loss | Expression | None],
+    weights: dict[str, float],
+    class_weights: dict[str, ClassWeight],
+    structure: str,
+    class_names: tuple[str, ...] | None,
+) -> tuple[TermPlan, ...]:
+    """The data terms, in the order of the outputs and of the parts of each loss."""
+    terms = []
+    for output, loss in by_output.items():
+        if loss is None:
+            continue
+        parts = loss.terms if isinstance(loss, Expression) else ((1.0, loss),)
+        for coefficient, part in parts:
+            name = part.name if structure == "one" else f"{output}/{part.name}"
+            class_weight = _indexed(class_weights.get(output), class_names, name)
+            weight = coefficient * weights.get(output, 1.0)
+            terms.append(TermPlan(name, output, part, weight, coefficient, class_weight))
+    return tuple(terms)
+
+
+def _indexed(class_weight: ClassWeight | None, class_names: tuple[str, ...] | None, where: str) -> ClassWeight | None:
+    """Class weights by index: names are resolved once, here."""
+    if not isinstance(class_weight, Mapping) or not any(isinstance(key, str) for key in class_weight):
+        return class_weight
+    found: dict[Any, float] = {}
+    for key, value in class_weight.items():
+        if isinstance(key, str) and (class_names is None or key not in class_names):
+            raise UnknownNameError(f"class in class_weight of {where}", key, class_names or ())
+        found[class_names.index(key) if isinstance(key, str) and class_names is not None else key] = value
+    return found
+
+
+def penalties(given: Mapping[str, Any] | None) -> tuple[PenaltyPlan, ...]:
+    """The regularizers, each a term of its own."""
+    if given is None:
+        return ()
+    if not isinstance(given, Mapping):
+        raise InputTypeError(
+            "regularizers: expected a dict from a pattern of parameter names to a regularizer, for example "
+            f"{{'*.weight': 'l2'}}; received {type(given).__name__}."
+        )
+    plans = []
+    for pattern, one in given.items():
+        regularizer = regularizers.get(one)
+        name = regularizer.name if pattern == "*" else f"{regularizer.name}/{pattern}"
+        plans.append(PenaltyPlan(name, regularizer, str(pattern)))
+    return tuple(plans)
