@@ -87,7 +87,7 @@ def run(settings: Settings, console: Console | None = None) -> Path:
     first = _act(console, settings, "1-plain", plain, None, training, validation)
     weights = suggested_weights(first.ledger)
     named = ", ".join(f"{name} × {weight:g}" for name, weight in weights.items()) or "none"
-    console.print(f"\nThe ledger suggests class weights ({named}), and a loss that compares areas: Dice.")
+    console.print(f"\nThe ledger suggests weights by class ({named}), and a loss that compares areas: Dice.")
     overlap = ll.losses.Dice(axis=(0, 1, 2), from_logits="sigmoid")
     second = _act(console, settings, "2-weighted", plain + overlap, weights, training, validation)
     _side_by_side(console, first, second, settings.folder)
@@ -115,15 +115,13 @@ def _act(
         metrics=["iou"],
         class_names=CLASS_NAMES,
     )
-    by_pixel = settings.weighting == "pixel" and weights is not None
     history = model.fit(
         training.images,
         training.masks,
         batch_size=16,
         epochs=settings.epochs,
         validation_data=(validation.images, validation.masks),
-        class_weight=None if by_pixel else weights,
-        sample_weight=_pixel_weights(weights, training.masks) if by_pixel and weights is not None else None,
+        sample_weight=None if weights is None else _weights(weights, training.masks, settings.weighting),
         run_dir=settings.folder / title,
         seed=settings.seed,
     )
@@ -131,8 +129,16 @@ def _act(
     return Act(title, history.ledger, model)
 
 
-def _pixel_weights(weights: dict[str, float], masks: np.ndarray) -> torch.Tensor:
-    return argmax_weights([weights.get(name, 1.0) for name in CLASS_NAMES], masks)
+def _weights(weights: dict[str, float], masks: np.ndarray, weighting: str) -> torch.Tensor:
+    """The class weights as sample weights: one for each mask, or one for each pixel by its class.
+
+    Sample weights enter the sums of Dice, where a weight that is constant for a class cancels: so they weigh the
+    cross-entropy alone. As `class_weight` they would also multiply the Dice loss of the class.
+    """
+    by_class = [weights.get(name, 1.0) for name in CLASS_NAMES]
+    if weighting == "pixel":
+        return argmax_weights(by_class, masks)
+    return torch.tensor(by_class).expand(len(masks), 1, 1, len(by_class))
 
 
 def suggested_weights(ledger: Ledger) -> dict[str, float]:

@@ -42,8 +42,14 @@ def number(value: float) -> str:
 
 
 def line(values: Mapping[str, float]) -> str:
-    """Names and numbers on one line."""
-    return "  ".join(f"{name} {number(value)}" for name, value in values.items())
+    """Names and numbers on one line, the two losses first.
+
+    >>> line({"loss": 0.5, "accuracy": 0.75, "val_loss": 0.25})
+    'loss 0.5  val_loss 0.25  accuracy 0.75'
+    """
+    first = [name for name in ("loss", "last", "val_loss") if name in values]
+    rest = [name for name in values if name not in first]
+    return "  ".join(f"{name} {number(values[name])}" for name in first + rest)
 
 
 class Show:
@@ -109,7 +115,8 @@ class Show:
             if self._task is not None:
                 self._progress.remove_task(self._task)
                 self._task = None
-            self._progress.console.print(text, highlight=False)
+            # What does not fit the width of the terminal is in the history.
+            self._progress.console.print(text, highlight=False, no_wrap=True, overflow="ellipsis")
         else:
             print(text, flush=True)
 
