@@ -237,7 +237,6 @@ def test_class_weights_that_cannot_be_right_are_refused(class_weight, names, err
 
 
 @pytest.mark.parametrize("class_weight", [{0: 0.1, 1: 0.1}, [0.1, 0.1]])
-@pytest.mark.xfail(strict=True, reason="class weights are rounded to float32, whatever the predictions are")
 def test_class_weights_keep_float64(class_weight):
     loss = ll.losses.BinaryCrossentropy(from_logits=True)
     zeros = torch.zeros(1, 2, dtype=torch.float64)

@@ -8,32 +8,51 @@ elements: a weight per entry has the length 1 on the class axis.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from numbers import Real
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, UnknownNameError
 
+# Torch stores these, and can neither compare nor index them; the wider type holds all of their values.
+_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+
 
 def as_tensor(value: Any, what: str, *, device: torch.device | None = None) -> Tensor:
     """`value` as a tensor, sharing memory where possible.
+
+    Unsigned integers that torch cannot calculate with (label images often hold them) become the next signed ones.
 
     Raises:
         InputTypeError: `value` cannot become a tensor of numbers.
     """
     if isinstance(value, Tensor):
-        return value if device is None or value.device == device else value.to(device)
+        moved = value if device is None or value.device == device else value.to(device)
+        return moved.to(_WIDER[moved.dtype]) if moved.dtype in _WIDER else moved
     try:
-        return torch.as_tensor(value, device=device)
+        if isinstance(value, np.ndarray) and not value.flags.writeable:
+            with warnings.catch_warnings():
+                # Memory maps are shared, not copied; nothing in the library writes to data.
+                warnings.simplefilter("ignore")
+                return as_tensor(torch.as_tensor(value), what, device=device)
+        return as_tensor(torch.as_tensor(value, device=device), what)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputTypeError(
             f"{what}: expected a tensor, a NumPy array or numbers, received {type(value).__name__} ({error}). "
             "Convert it to one rectangular array of numbers."
         ) from None
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether the value is a real number, of Python or of NumPy; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -86,11 +105,15 @@ def _shape_remedy(y_true: Tensor, y_pred: Tensor) -> str:
         return "Pass arrays whose first axis is the batch."
     if a[0] != b[0]:
         return "The first axis is the batch: pass as many targets as predictions."
-    if len(a) == len(b) > 2 and b == (a[0], a[-1], *a[1:-1]):
-        return (
-            "The output has its class axis at position 1 (NCHW) and the target has it last: permute one of them, "
-            "for example y_pred.movedim(1, -1)."
-        )
+    for channels_first, other, names in (
+        (b, a, ("output", "target", "y_pred")),
+        (a, b, ("target", "output", "y_true")),
+    ):
+        if len(a) == len(b) > 2 and channels_first == (other[0], other[-1], *other[1:-1]):
+            return (
+                f"The {names[0]} has its class axis at position 1 (NCHW) and the {names[1]} has it last: permute one "
+                f"of them, for example {names[2]}.movedim(1, -1)."
+            )
     if len(a) == len(b) - 1 or (len(a) == len(b) and a[-1] == 1):
         return "If the target holds class indices, use SparseCategoricalCrossentropy; else reshape it."
     return "Reshape one of them; nothing is broadcast."
@@ -183,8 +206,13 @@ def weighting(
 
     Raises:
         InputError: another shape. `(B,)` is always one number a sample, also when B equals another axis.
+        InputTypeError: complex weights.
     """
     shape = (*entries, columns)
+    if sample_weight is not None and sample_weight.is_complex():
+        raise InputTypeError(
+            f"{where}: sample_weight: expected real numbers, received dtype {sample_weight.dtype}. Pass its real part."
+        )
     weight = None if sample_weight is None else expand(sample_weight, entries, columns, f"{where}: sample_weight")
     if weight is not None and not weight.is_floating_point():
         weight = weight.to(torch.get_default_dtype())
@@ -241,10 +269,11 @@ ClassWeight = Mapping[Any, float] | Sequence[float] | Tensor
 def class_vector(
     class_weight: ClassWeight, classes: int, names: Sequence[str] | None = None, where: str = "loss"
 ) -> Tensor:
-    """Class weights as a vector `[classes]`; a missing class has the weight 1.
+    """Class weights as a vector `[classes]`, in float64: the caller rounds them to the dtype of the predictions.
 
     Args:
-        class_weight: by index or name, or one number a class.
+        class_weight: by index or name (a missing class has the weight 1), or one number a class. The values of a
+            tensor are taken as they are: `check_class_weight` reads them once, outside of the step.
         classes: number of classes.
         names: class names, in order.
         where: the output, for the message.
@@ -252,31 +281,59 @@ def class_vector(
     Raises:
         UnknownNameError: a name or an index that is no class.
         InputError: the wrong number of weights, or one that is negative or not finite.
+        InputTypeError: a weight that is no number.
 
     Example:
-        >>> class_vector({"cat": 3.0}, 2, names=["dog", "cat"])
-        tensor([1., 3.])
+        >>> class_vector({"cat": 3.0}, 2, names=["dog", "cat"]).tolist()
+        [1.0, 3.0]
+    """
+    if not isinstance(class_weight, Tensor):
+        check_class_weight(class_weight, where)
+    if isinstance(class_weight, Mapping):
+        weights = [1.0] * classes
+        for key, value in class_weight.items():
+            weights[_class_index(key, classes, names, where)] = float(value)
+        return torch.tensor(weights, dtype=torch.float64)
+    # Numbers of Python are float64; torch would round them to its default dtype.
+    array = class_weight if isinstance(class_weight, Tensor | np.ndarray) else np.asarray(class_weight, np.float64)
+    vector = as_tensor(array, f"{where}: class_weight")
+    if tuple(vector.shape) != (classes,):
+        raise InputError(
+            f"{where}: class_weight must hold one number a class; expected shape ({classes},), "
+            f"received {shape_of(vector)}."
+        )
+    return vector.to(torch.float64)
+
+
+def check_class_weight(class_weight: ClassWeight, where: str) -> None:
+    """Class weights are numbers, finite and not negative; reads values, so it is not for the step of a training loop.
+
+    Raises:
+        InputError: a weight that is negative or not finite.
+        InputTypeError: a weight that is no number.
     """
     if isinstance(class_weight, Mapping):
-        vector = torch.ones(classes)
         for key, value in class_weight.items():
-            if isinstance(key, str) and names is not None and key in names:
-                vector[list(names).index(key)] = float(value)
-            elif not isinstance(key, str) and 0 <= int(key) < classes:
-                vector[int(key)] = float(value)
-            else:
-                known = list(names) if names is not None and isinstance(key, str) else list(range(classes))
-                raise UnknownNameError(f"class in class_weight of {where}", key, known)
+            if not is_number(value) and not (isinstance(value, Tensor | np.ndarray) and value.ndim == 0):
+                raise InputTypeError(f"{where}: class_weight[{key!r}]: expected a number, received {value!r}.")
+        values = torch.tensor([float(value) for value in class_weight.values()], dtype=torch.float64)
     else:
-        vector = as_tensor(class_weight, f"{where}: class_weight").to(torch.get_default_dtype())
-        if tuple(vector.shape) != (classes,):
-            raise InputError(
-                f"{where}: class_weight must hold one number a class; expected shape ({classes},), "
-                f"received {shape_of(vector)}."
-            )
-    if not bool((torch.isfinite(vector) & (vector >= 0)).all()):
-        raise InputError(f"{where}: class_weight must be finite and not negative; received {vector.tolist()}.")
-    return vector
+        values = as_tensor(class_weight, f"{where}: class_weight")
+    if values.is_complex():
+        raise InputTypeError(f"{where}: class_weight: expected real numbers, received dtype {values.dtype}.")
+    if not bool((torch.isfinite(values) & (values >= 0)).all()):
+        raise InputError(f"{where}: class_weight must be finite and not negative; received {values.tolist()}.")
+
+
+def _class_index(key: Any, classes: int, names: Sequence[str] | None, where: str) -> int:
+    """The class of a key: its name, or its index (a whole number, of whatever type)."""
+    if isinstance(key, str):
+        if names is not None and key in names:
+            return list(names).index(key)
+    elif is_number(key) and float(key).is_integer() and 0 <= key < classes:
+        return int(key)
+    known = list(names) if names is not None and isinstance(key, str) else list(range(classes))
+    raise UnknownNameError(f"class in class_weight of {where}", key, known)
 
 
 def check_labels(labels: Tensor, classes: int, where: str, ignore: int | None = None) -> None:
@@ -361,4 +418,6 @@ def argmax_weights(weights: Sequence[float] | Tensor, y_true: Any) -> Tensor:
     """
     targets = as_tensor(y_true, "y_true")
     vector = class_vector(weights, targets.shape[-1], where="argmax_weights")
+    floating = isinstance(weights, Tensor) and weights.is_floating_point()
+    vector = vector.to(weights.dtype if floating else torch.get_default_dtype())  # type: ignore[union-attr]
     return vector.to(targets.device)[targets.argmax(-1)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lossledger.errors import InputError
 from lossledger.losses.prediction import Prediction
-from lossledger.weighting import ClassWeight, Weighting, as_mask
+from lossledger.weighting import ClassWeight, Weighting, as_mask, expand
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,3 +67,11 @@ def select_leading(y_true: Tensor, y_pred: Tensor, mask: Tensor | None, where: s
         raise InputError(
             f"{where}: mask must have the leading axes of y_pred {tuple(y_pred.shape)}; received {tuple(mask.shape)}."
         ) from None
+
+
+def and_mask(valid: Tensor, mask: Tensor | None, shape: tuple[int, ...], where: str) -> Tensor:
+    """The mask of a call together with what the labels say, `[B, d…]`, for elements of the given shape."""
+    if mask is None:
+        return valid
+    what = f"{where}: mask"
+    return valid & expand(as_mask(mask, what), shape[:-1], 1, what).squeeze(-1)

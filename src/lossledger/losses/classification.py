@@ -13,19 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossledger.errors import InputError
-from lossledger.losses.aligned import Aligned, Late
+from lossledger.losses.aligned import Aligned, Late, and_mask
 from lossledger.losses.elementwise import ElementLoss
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
 from lossledger.weighting import (
     ClassWeight,
     Weighting,
-    as_mask,
     check_labels,
     check_probabilities,
     check_targets,
     class_vector,
-    expand,
     outside_probabilities,
     shape_of,
     split_shape,
@@ -59,6 +57,11 @@ class _CrossEntropy(ElementLoss):
     def space(self) -> Space:  # type: ignore[override]
         """How the loss reads the output."""
         return "logits" if self.from_logits else "probabilities"
+
+    def class_count(self, y_pred: Tensor, class_weight: ClassWeight) -> int:
+        """One class weight a column of the output; of a single column, one for each label, 0 and 1."""
+        columns = y_pred.shape[self.class_axis] if y_pred.ndim > 1 else 1
+        return 2 if columns == 1 else columns
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         if not self.from_logits:
@@ -419,11 +422,8 @@ class SparseCategoricalCrossentropy(_CrossEntropy):
 
     def _weighting(self, shape: tuple[int, ...], y_true: Tensor, y_pred: Tensor, given: Late, where: str) -> Weighting:
         if self.ignore_class is not None:
-            mask = y_true != self.ignore_class
-            if given.mask is not None:
-                what = f"{where}: mask"
-                mask = mask & expand(as_mask(given.mask, what), shape[:-1], 1, what).squeeze(-1)
-            given = Late(given.sample_weight, mask, given.class_weight)
+            counts = y_true != self.ignore_class
+            given = Late(given.sample_weight, and_mask(counts, given.mask, shape, where), given.class_weight)
         return super()._weighting(shape, y_true, y_pred, given, where)
 
     def _safe(self, y_true: Tensor, y_pred: Tensor, weights: Weighting) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from lossledger import reduction as reductions
 from lossledger.errors import InputError, InputTypeError
-from lossledger.losses.aligned import Aligned
-from lossledger.losses.loss import Loss, snake_case
+from lossledger.losses.aligned import Aligned, Late, and_mask
+from lossledger.losses.loss import Loss
 from lossledger.reduction import Reduction
-from lossledger.weighting import align, check_labels, check_probabilities, shape_of
+from lossledger.tally import Tally
+from lossledger.weighting import Weighting, align, check_labels, check_probabilities, shape_of
 
 
 class FunctionLoss(Loss):
@@ -106,6 +107,10 @@ _FUNCTIONS: dict[Any, type[nn.Module]] = {
 }
 
 
+# Names of terms: the function without its suffix.
+_NAMES = {module: function.__name__.removesuffix("_loss") for function, module in _FUNCTIONS.items()}
+
+
 class TorchLoss(Loss):
     """A loss of `torch.nn`, called as `(input, target)` and unreduced, with torch's own divisor.
 
@@ -136,30 +141,22 @@ class TorchLoss(Loss):
                 "losses of two arguments. Wrap it: lambda y_true, y_pred: module(…)."
             )
         kind = str(getattr(module, "reduction", "mean"))
-        if isinstance(module, nn.KLDivLoss) and kind == "mean":
-            kind = "elements"
-        super().__init__(
-            name or snake_case(type(module).__name__.removesuffix("Loss")), "sum" if kind == "sum" else "mean"
-        )
-        if kind == "none":
-            self.reduction = reductions.NONE
+        super().__init__(name or _NAMES[type(module)], "sum" if kind == "sum" else "none" if kind == "none" else "mean")
         self.module = copy.copy(module)
         self.module.reduction = "none"  # type: ignore[assignment]
-        self._batchmean = kind == "batchmean"
         self.class_axis = -1 if isinstance(module, _ELEMENTWISE) else 1
-
-    @property
-    def _class_weight_tensor(self) -> Tensor | None:
-        weight = getattr(self.module, "weight", None)
-        return weight if isinstance(weight, Tensor) else None
+        self._batchmean = kind == "batchmean"
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """The unreduced values of torch."""
         module = self.module.to(y_pred.device)
-        indexed = isinstance(module, _INDEXED) and not y_true.is_floating_point()
-        labels = indexed or isinstance(module, nn.MultiMarginLoss | nn.MultiLabelMarginLoss)
+        labels = self._indexed(y_true) or isinstance(module, nn.MultiMarginLoss | nn.MultiLabelMarginLoss)
         values: Tensor = module(y_pred, y_true.long() if labels else y_true.to(y_pred.dtype))
         return values
+
+    def _indexed(self, y_true: Tensor) -> bool:
+        """Whether the targets are class labels, not probabilities."""
+        return isinstance(self.module, _INDEXED) and not y_true.is_floating_point()
 
     def _align(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[Tensor, Tensor]:
         if isinstance(self.module, _ELEMENTWISE):
@@ -175,39 +172,68 @@ class TorchLoss(Loss):
             )
         return y_true, y_pred
 
+    def _shape(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[int, ...] | None:
+        if isinstance(self.module, _ELEMENTWISE):
+            return (*y_pred.shape, 1)
+        return (y_pred.shape[0], *(y_pred.shape[2:] if isinstance(self.module, _INDEXED) else ()), 1)
+
+    def _weighting(self, shape: tuple[int, ...], y_true: Tensor, y_pred: Tensor, given: Late, where: str) -> Weighting:
+        if self._indexed(y_true):
+            counts = torch.ne(y_true, self.module.ignore_index)  # type: ignore[arg-type]
+            given = Late(given.sample_weight, and_mask(counts, given.mask, shape, where), given.class_weight)
+        return super()._weighting(shape, y_true, y_pred, given, where)
+
+    def _safe(self, y_true: Tensor, y_pred: Tensor, weights: Weighting) -> tuple[Tensor, Tensor]:
+        assert weights.mask is not None
+        mask = weights.mask.squeeze(-1)
+
+        def select(values: Tensor, safe: float) -> Tensor:
+            inside = mask
+            if not isinstance(self.module, _ELEMENTWISE) and values.ndim > mask.ndim:
+                # The class axis of the output, and of targets that are probabilities, is 1.
+                inside = mask.unsqueeze(1)
+            return torch.where(inside, values, torch.full((), safe, dtype=values.dtype, device=values.device))
+
+        return select(y_true, 0), select(y_pred, 0.5)
+
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         if isinstance(self.module, nn.BCELoss):
             check_probabilities(y_pred, where)
-        if isinstance(self.module, _INDEXED) and not y_true.is_floating_point():
-            check_labels(y_true, y_pred.shape[1], where, ignore=self.module.ignore_index)
+        if self._indexed(y_true):
+            check_labels(y_true, y_pred.shape[1], where)
 
-    def _tally_elements(self, batch: Aligned, elements: Tensor, by: Any) -> Any:
+    def _tally_elements(self, batch: Aligned, elements: Tensor, by: Any) -> Tally:
         tally = super()._tally_elements(batch, elements, by)
-        if self.reduction.statistic is None:
-            return tally
-        own = self._own_divisor(batch, elements)
+        own = None if self.reduction.statistic is None else self._own_divisor(batch)
         return tally if own is None else replace(tally, divisor=own)
 
-    def _own_divisor(self, batch: Aligned, elements: Tensor) -> Tensor | int | None:
-        """torch's divisor where it is not the number of values."""
+    def divisor_aligned(self, batch: Aligned) -> Tally:
+        """The statistic that divides, torch's own where it is not the number of values."""
+        tally = super().divisor_aligned(batch)
+        own = None if self.reduction.statistic is None else self._own_divisor(batch)
+        return tally if own is None else replace(tally, divisor=own)
+
+    def _own_divisor(self, batch: Aligned) -> Tensor | int | None:
         if self._batchmean:
-            return elements.shape[0]
-        if not isinstance(self.module, _INDEXED) or batch.y_true.is_floating_point():
+            # Samples that have anything to say.
+            statistic = reductions.get("mean_per_sample").statistic
+            return None if statistic is None else statistic(batch.weighting)
+        weight = getattr(self.module, "weight", None)
+        if weight is None or not self._indexed(batch.y_true):
             return None
-        valid = batch.y_true != self.module.ignore_index
-        late = batch.late
-        if late is not None and late.mask is not None:
-            weights = self._late_weighting(batch, elements)
-            assert weights.mask is not None
-            valid = valid & weights.mask.squeeze(-1)
-        weight = self._class_weight_tensor
-        if weight is None:
-            return valid.sum()
-        labels = torch.where(valid, batch.y_true, 0).long()
-        return (weight.to(labels.device)[labels].double() * valid).sum()
+        shares: Tensor = weight.to(batch.y_true.device)[batch.y_true.long()].double()
+        mask = batch.weighting.mask
+        return shares.sum() if mask is None else (shares * mask.squeeze(-1)).sum()
+
+    def __repr__(self) -> str:
+        return f"TorchLoss({type(self.module).__name__})"
 
     def get_config(self) -> dict[str, Any]:
-        """Not available: a torch module is its own configuration."""
+        """Not available: a torch module is its own configuration.
+
+        Raises:
+            InputTypeError: always.
+        """
         raise InputTypeError(f"{self.name}: a torch loss has no configuration; keep the module itself.")
 
 
@@ -215,12 +241,20 @@ def from_callable(fn: Any) -> Loss:
     """Any callable as a loss: a torch loss module or function, a partial of one, or `fn(y_true, y_pred)`.
 
     Raises:
-        InputTypeError: not callable, or a class that was not instantiated.
+        InputTypeError: not callable, a class that was not instantiated, a torch loss of other arguments.
     """
     if isinstance(fn, type):
         raise InputTypeError(f"Expected a loss, received the class {fn.__name__}. Make an instance: {fn.__name__}().")
-    if isinstance(fn, nn.Module) and isinstance(fn, _ELEMENTWISE + _INDEXED + _PER_SAMPLE):
+    if isinstance(fn, nn.modules.loss._Loss):
         return TorchLoss(fn)
     function, options = (fn.func, fn.keywords) if isinstance(fn, functools.partial) and not fn.args else (fn, {})
     known = _FUNCTIONS.get(function) if inspect.isroutine(function) else None
-    return FunctionLoss(fn) if known is None else TorchLoss(known(**options), name=function.__name__)
+    if known is None:
+        return FunctionLoss(fn)
+    try:
+        return TorchLoss(known(**options))
+    except TypeError as error:
+        raise InputTypeError(
+            f"torch.nn.functional.{function.__name__}: {error}; expected the arguments of torch.nn.{known.__name__}, "
+            f"received {sorted(options)}. Wrap it: lambda y_true, y_pred: {function.__name__}(y_pred, y_true, …)."
+        ) from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lossledger.errors import InputError, InputTypeError
+from lossledger.weighting import is_number
 
 if TYPE_CHECKING:
     from lossledger.losses.loss import Loss
@@ -64,6 +66,9 @@ class Expression:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> Expression:
+        return Expression(tuple((c / divisor_of(divisor), loss) for c, loss in self.terms))
+
     def __add__(self, other: Loss | Expression) -> Expression:
         if isinstance(other, Expression):
             return Expression((*self.terms, *other.terms))
@@ -74,14 +79,40 @@ class Expression:
         return self if other == 0 and isinstance(other, int) else NotImplemented
 
     def __repr__(self) -> str:
-        return " + ".join(repr(loss) if c == 1 else f"{c:g} * {loss!r}" for c, loss in self.terms)
+        return " + ".join(repr(loss) if c == 1 else f"{_shown(c)} * {loss!r}" for c, loss in self.terms)
+
+
+def _shown(coefficient: float) -> str:
+    """A coefficient with all of its digits, and no more: reading it back gives the same number."""
+    short = f"{coefficient:g}"
+    return short if float(short) == coefficient else repr(coefficient)
 
 
 def factor_of(factor: Any) -> float:
-    """The coefficient of a term; only a number can multiply a loss."""
-    if isinstance(factor, bool) or not isinstance(factor, int | float):
+    """The coefficient of a term; only a finite number can multiply a loss.
+
+    Raises:
+        InputTypeError: no number.
+        InputError: NaN or infinity.
+    """
+    if not is_number(factor):
         raise InputTypeError(
             f"A loss can be multiplied by a number only; received {type(factor).__name__}. "
             "To weigh samples, pass sample_weight in the call."
         )
+    if not math.isfinite(factor):
+        raise InputError(f"The factor of a loss: expected a finite number, received {float(factor)}.")
     return float(factor)
+
+
+def divisor_of(divisor: Any) -> float:
+    """What a loss can be divided by: a finite number but 0.
+
+    Raises:
+        InputTypeError: no number.
+        InputError: 0, NaN or infinity.
+    """
+    number = factor_of(divisor)
+    if number == 0:
+        raise InputError("A loss cannot be divided by 0; expected another number, received 0.")
+    return number

@@ -10,6 +10,7 @@ A loss goes through three steps, each in one place:
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -187,8 +188,9 @@ class Loss:
                 f"{where}: only the first argument requires a gradient, so the arguments are swapped: expected "
                 "(y_true, y_pred) as in Keras, received torch's (input, target). Swap them."
             )
-        if pred.is_complex() or true.is_complex():
-            raise InputTypeError(f"{where}: expected real numbers, received {true.dtype} and {pred.dtype}.")
+        for what, value in (("y_true", true), ("y_pred", pred), ("sample_weight", sample_weight)):
+            if value is not None and (tensor := as_tensor(value, f"{where}: {what}")).is_complex():
+                raise InputTypeError(f"{where}: {what}: expected real numbers, received dtype {tensor.dtype}.")
         if not pred.is_floating_point():
             pred = pred.to(torch.get_default_dtype())
         if pred.dtype in (torch.float16, torch.bfloat16):
@@ -197,16 +199,16 @@ class Loss:
             true = true.to(pred.dtype)
         true, pred = self._align(true, pred, where)
         device = pred.device
-        given = Late(
+        late = Late(
             None if sample_weight is None else as_tensor(sample_weight, f"{where}: sample_weight", device=device),
             None if mask is None else as_tensor(mask, f"{where}: mask", device=device),
             class_weight,
         )
         shape = self._shape(true, pred, where)
         if shape is None:
-            true, pred = select_leading(true, pred, given.mask, where)
-            return Aligned(true, Prediction(pred), Weighting(()), where, given)
-        weights = self._weighting(shape, true, pred, given, where)
+            true, pred = select_leading(true, pred, late.mask, where)
+            return Aligned(true, Prediction(pred), Weighting(()), where, late)
+        weights = self._weighting(shape, true, pred, late, where)
         if weights.mask is not None:
             true, pred = self._safe(true, pred, weights)
         if not checked:
@@ -243,8 +245,14 @@ class Loss:
             divisor = whole.divisor + whole.offset
             scale = factor * tally.coefficient * reciprocal(divisor, elements.dtype)
             if leaf is not None:
+                if not tally.numerator.requires_grad:
+                    raise InputError(
+                        f"{batch.where}: the loss does not depend on y_pred through differentiable operations; expected "
+                        "values with a gradient, received values without. Look for comparisons, rounding, .detach() or "
+                        "NumPy in it."
+                    )
                 (gradient,) = torch.autograd.grad(tally.numerator * scale, leaf)
-                return _detached(tally), gradient
+                return replace(tally, numerator=tally.numerator.detach()), gradient
         assert closed is not None
         weight = self._entry_weight(batch)
         gradient = closed[1]
@@ -257,11 +265,11 @@ class Loss:
     # --- what a loss of the library declares -------------------------------------------------------------------
 
     def _align(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[Tensor, Tensor]:
-        ranks_differ = abs(y_true.ndim - y_pred.ndim) == 1
-        longer = y_true if y_true.ndim > y_pred.ndim else y_pred
-        if (y_true.ndim == 1 and y_pred.ndim == 1) or (ranks_differ and longer.shape[-1] == 1 and longer.ndim == 2):
-            return align(y_true, y_pred, where)
-        if y_true.ndim and y_pred.ndim and y_true.shape[0] != y_pred.shape[0]:
+        """Targets and predictions as `call` gets them; shapes that only `call` can judge are left alone."""
+        longer, shorter = (y_true, y_pred) if y_true.ndim > y_pred.ndim else (y_pred, y_true)
+        one_column = longer.ndim == shorter.ndim + 1 and longer.shape == (*shorter.shape, 1)
+        other_batch = y_true.ndim and y_pred.ndim and y_true.shape[0] != y_pred.shape[0]
+        if one_column or other_batch or (y_true.ndim == 1 and y_pred.ndim == 1):
             return align(y_true, y_pred, where)
         return y_true, y_pred
 
@@ -288,6 +296,11 @@ class Loss:
             )
         return self._weighting(tuple(elements.shape), batch.y_true, batch.prediction.raw, batch.late, batch.where)
 
+    def class_count(self, y_pred: Tensor, class_weight: ClassWeight) -> int:
+        """How many class weights the loss takes for an output; one more than were given where it cannot know."""
+        keys = [int(key) for key in class_weight] if isinstance(class_weight, Mapping) else range(len(class_weight))
+        return max(keys, default=-1) + 2
+
     def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
         """Class weights of the targets, `[B, d…, 1]` or per column `[C]`."""
         labels = y_true
@@ -295,12 +308,12 @@ class Loss:
             labels = y_true.argmax(-1)
         elif y_true.ndim == y_pred.ndim:
             labels = y_true.squeeze(-1)
-        labels = labels.long()
-        return (
-            class_vector(class_weight, max(int(labels.max()) + 1, _length(class_weight)), where=where)
-            .to(labels.device)[labels]
-            .unsqueeze(-1)
-        )
+        classes = self.class_count(y_pred, class_weight)
+        if not isinstance(class_weight, Mapping):
+            class_weight = dict(enumerate(float(w) for w in class_weight))
+        # The last number is for all classes that were not named.
+        vector = class_vector(class_weight, classes, where=where).to(labels.device)
+        return vector[labels.long().clamp(0, classes - 1)].unsqueeze(-1)
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         """Checks that read values (label range, probabilities), after masked elements have become harmless."""
@@ -316,6 +329,12 @@ class Loss:
             raise InputTypeError(
                 f"{batch.where}: the loss must return a tensor, received {type(values).__name__}. "
                 "Compute it with torch operations so that it can be differentiated."
+            )
+        samples = batch.prediction.raw.shape[:1]
+        if values.ndim and values.shape[:1] != samples:
+            raise InputError(
+                f"{batch.where}: the loss must return one value per sample or entry, with the batch on the first axis; "
+                f"expected {samples[0]} there, received shape {tuple(values.shape)}. Reduce over other axes than 0."
             )
         return values.unsqueeze(-1)
 
@@ -349,16 +368,17 @@ class Loss:
         product = weights.product
         total = elements if product is None else elements * product
         weighted = total if reduction.rescale is None else total * reduction.rescale(weights).to(total)
+        numerator = weighted.sum()
         divisor: Tensor | int = 0
         if reduction.statistic is not None:
             divisor = reduction.statistic(weights)
         return Tally(
-            weighted.sum(),
+            numerator,
             divisor,
             weights.count(),
             weights.total_weight(),
             offset=elements.shape[-1] if reduction.statistic is None else 0,
-            nonfinite=elements.numel() - torch.isfinite(elements.detach()).sum(),
+            nonfinite=_nonfinite(total.detach(), numerator.detach()),
             groups=None if by is None else self._groups(batch, weighted.detach(), total.detach(), weights, by),
         )
 
@@ -430,7 +450,7 @@ class Loss:
     def __repr__(self) -> str:
         defaults = inspect.signature(type(self).__init__).parameters
         shown = ", ".join(
-            f"{name}={value!r}"
+            f"{name}={tuple(value) if isinstance(value, list) else value!r}"
             for name, value in self.get_config().items()
             if name != "name" and name in defaults and value != defaults[name].default
         )
@@ -440,6 +460,9 @@ class Loss:
         return Expression(((factor_of(factor), self),))
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Expression:
+        return Expression(((1.0, self),)) / divisor
 
     def __add__(self, other: Loss | Expression) -> Expression:
         return Expression(((1.0, self),)) + other
@@ -457,15 +480,10 @@ def snake_case(name: str) -> str:
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    found = getattr(torch, dtype, None)
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
     if not isinstance(found, torch.dtype):
         raise InputTypeError(f"dtype: expected a torch dtype or its name such as 'float32', received {dtype!r}.")
     return found
-
-
-def _length(class_weight: ClassWeight) -> int:
-    keys = [int(k) for k in class_weight if not isinstance(k, str)] if isinstance(class_weight, dict) else []
-    return max(keys) + 1 if keys else (0 if isinstance(class_weight, dict) else len(class_weight))
 
 
 def reciprocal(divisor: Any, dtype: torch.dtype) -> Any:
@@ -475,15 +493,7 @@ def reciprocal(divisor: Any, dtype: torch.dtype) -> Any:
     return 1.0 / divisor if divisor else 0.0
 
 
-def _detached(tally: Tally) -> Tally:
-    return Tally(
-        tally.numerator.detach(),
-        tally.divisor,
-        tally.count,
-        tally.weight,
-        tally.coefficient,
-        tally.offset,
-        tally.form,
-        tally.nonfinite,
-        tally.groups,
-    )
+def _nonfinite(elements: Tensor, total: Tensor) -> Tensor:
+    """Number of elements that are NaN or infinite; at least 1 where finite elements overflow in their sum."""
+    bad = elements.numel() - torch.isfinite(elements).sum()
+    return torch.maximum(bad, (~torch.isfinite(total)).to(bad.dtype))

@@ -97,6 +97,10 @@ class _Overlap(ElementLoss):
         columns = class_vector(class_weight, batch.weighting.shape[-1], where=batch.where)
         return replace(batch, column_weight=columns.to(batch.prediction.raw))
 
+    def class_count(self, y_pred: Tensor, class_weight: ClassWeight) -> int:
+        """One class weight a column of the output."""
+        return y_pred.shape[-1] if y_pred.ndim > 1 else 1
+
     def _probability(self, prediction: Prediction) -> Tensor:
         if self.from_logits == "sigmoid":
             return prediction.sigmoid()

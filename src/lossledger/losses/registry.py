@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
@@ -13,7 +14,7 @@ from lossledger.losses.classification import (
     SparseCategoricalCrossentropy,
 )
 from lossledger.losses.custom import from_callable
-from lossledger.losses.expression import Expression
+from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.loss import Loss, snake_case
 from lossledger.losses.overlap import Dice, Jaccard, Tversky
 from lossledger.losses.regression import Huber, MeanAbsoluteError, MeanSquaredError
@@ -91,13 +92,31 @@ def deserialize(config: dict[str, Any]) -> Loss | Expression:
 
     Raises:
         InputError: not a configuration of a loss.
-        UnknownNameError: a class that is no built-in loss.
+        UnknownNameError: a class that is no built-in loss, or an argument that the class does not have.
     """
-    if not isinstance(config, dict) or set(config) < {"class_name", "config"}:
+    if not isinstance(config, dict) or not set(config) >= {"class_name", "config"}:
         raise InputError(f"Expected {{'class_name': …, 'config': …}}, received {config!r}.")
-    if config["class_name"] == "Expression":
-        terms = [(float(c), deserialize(part)) for c, part in config["config"]["terms"]]
-        return Expression(tuple((c, part) for c, part in terms if isinstance(part, Loss)))
-    if config["class_name"] not in CLASSES:
-        raise UnknownNameError("loss class", config["class_name"], CLASSES)
-    return CLASSES[config["class_name"]].from_config(config["config"])
+    name, arguments = config["class_name"], config["config"]
+    if not isinstance(arguments, dict):
+        raise InputError(f"config of {name!r}: expected a dict of arguments, received {type(arguments).__name__}.")
+    if name == "Expression":
+        return _expression(arguments)
+    if name not in CLASSES:
+        raise UnknownNameError("loss class", name, CLASSES)
+    known = [argument for argument in inspect.signature(CLASSES[name].__init__).parameters if argument != "self"]
+    for argument in arguments:
+        if argument not in known:
+            raise UnknownNameError(f"argument of {name}", argument, known)
+    return CLASSES[name].from_config(arguments)
+
+
+def _expression(arguments: dict[str, Any]) -> Expression:
+    terms = []
+    for pair in arguments.get("terms", ()):
+        part = deserialize(pair[1]) if isinstance(pair, list | tuple) and len(pair) == 2 else None
+        if not isinstance(part, Loss):
+            raise InputError(f"terms of 'Expression': expected pairs of a number and a loss, received {pair!r}.")
+        terms.append((factor_of(pair[0]), part))
+    if not terms:
+        raise InputError("config of 'Expression': expected 'terms', at least one; received none.")
+    return Expression(tuple(terms))

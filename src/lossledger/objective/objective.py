@@ -19,8 +19,9 @@ from lossledger.losses.aligned import Aligned
 from lossledger.objective import plan as planning
 from lossledger.objective.auxiliary import Outputs, auxiliary_tally
 from lossledger.objective.breakdown import Backprop, Breakdown, Term
-from lossledger.objective.plan import PenaltyPlan
+from lossledger.objective.plan import PenaltyPlan, TermPlan
 from lossledger.tally import Tally
+from lossledger.weighting import ClassWeight, class_vector
 
 # Samples whose targets are checked together: bounds the memory of the check.
 CHECKED_AT_ONCE = 4096
@@ -61,12 +62,13 @@ class Objective:
         output_names: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        self.class_names = None if class_names is None else tuple(str(name) for name in class_names)
+        self.class_names = planning.class_names(class_names)
         by_output, self.structure = planning.by_output(loss, output_names)
         self.outputs = tuple(by_output)
         weights, self._auxiliary_weights = planning.loss_weights(loss_weights, self.outputs, self.structure)
         classes = planning.class_weights(class_weight, self.outputs, self.structure)
         self.terms = planning.terms(by_output, weights, classes, self.structure, self.class_names)
+        self._vectors: dict[tuple[str, int], Tensor] = {}
         self.penalties = planning.penalties(regularizers)
         if not self.terms:
             raise EmptyDataError("The objective has no term: every output has the loss None. Give at least one a loss.")
@@ -86,6 +88,7 @@ class Objective:
             model: holds the parameters that the regularizers read.
         """
         batches, auxiliary, samples = self.align(y_true, y_pred, sample_weight, mask)
+        self._check_auxiliary_weights(auxiliary)
         terms: dict[str, Term] = {}
         for plan, batch in zip(self.terms, batches, strict=True):
             tally = plan.loss.tally_aligned(batch)
@@ -107,11 +110,7 @@ class Objective:
         auxiliary: dict[str, Tensor] = {}
         if isinstance(y_pred, Outputs):
             auxiliary, y_pred = dict(y_pred.losses), y_pred.outputs
-        unknown = set(self._auxiliary_weights) - set(auxiliary)
-        if unknown:
-            raise UnknownNameError(
-                "output or auxiliary loss in loss_weights", min(unknown), {*self.outputs, *auxiliary}
-            )
+        self._check_auxiliary(auxiliary)
         preds = self.split(y_pred, "y_pred")
         trues = self.split(y_true, "y_true", required=frozenset(plan.output for plan in self.terms))
         weights = self.split_optional(sample_weight, "sample_weight")
@@ -119,12 +118,22 @@ class Objective:
         batches: list[Aligned] = []
         for plan in self.terms:
             key = plan.output
+            classes = self._class_weight(plan, preds[key])
             batch = plan.loss.align(
-                trues[key], preds[key], weights.get(key), masks.get(key), plan.class_weight, plan.name, checked
+                trues[key], preds[key], weights.get(key), masks.get(key), classes, plan.name, checked
             )
             batches.append(_shared(batch, batches))
         first = batches[0].prediction.raw
         return batches, auxiliary, int(first.shape[0]) if first.ndim else 1
+
+    def _class_weight(self, plan: TermPlan, y_pred: Any) -> ClassWeight | None:
+        """The class weights of a term as a vector, made and checked once for each number of classes."""
+        if plan.class_weight is None or not isinstance(y_pred, Tensor):
+            return plan.class_weight
+        key = (plan.name, plan.loss.class_count(y_pred, plan.class_weight))
+        if key not in self._vectors and plan.loss.classes_are in ("column", "label"):
+            self._vectors[key] = class_vector(plan.class_weight, key[1], where=plan.name)
+        return self._vectors.get(key, plan.class_weight)
 
     # --- the step: closed forms, gradient of the window -------------------------------------------------------
 
@@ -150,6 +159,7 @@ class Objective:
         auxiliary: dict[str, Tensor] = {}
         if isinstance(y_pred, Outputs):
             auxiliary, y_pred = dict(y_pred.losses), y_pred.outputs
+        self._check_auxiliary_weights(auxiliary)
         preds = self.split(y_pred, "y_pred")
         detached = {name: pred.detach() for name, pred in preds.items()}
         readable = Outputs(self.joined(detached), auxiliary)
@@ -170,7 +180,9 @@ class Objective:
             tallies[name] = detach(tally)
             roots.append(torch.as_tensor(tally.value))
             pulls.append(torch.full_like(roots[-1], self.auxiliary_weight(name)))
-        return Backprop(tallies, roots, pulls)
+        # A frozen output or a constant auxiliary loss has nothing to back-propagate.
+        pairs = [(root, pull) for root, pull in zip(roots, pulls, strict=True) if root.requires_grad]
+        return Backprop(tallies, [root for root, _ in pairs], [pull for _, pull in pairs])
 
     def tallies(
         self,
@@ -221,6 +233,22 @@ class Objective:
                 ]
                 like = preds[key][:1].detach().cpu().expand(stop - start, *shape[1:])
                 plan.loss.align(parts[0], like, parts[1], parts[2], plan.class_weight, plan.name)
+
+    def _check_auxiliary(self, auxiliary: Mapping[str, Tensor]) -> None:
+        """Names of auxiliary losses are their own: no term, no number of the history has them."""
+        taken = {"loss", "last", *(t.name for t in self.terms), *(p.name for p in self.penalties)}
+        for name in auxiliary:
+            if name in taken:
+                raise InputError(
+                    f"auxiliary loss {name!r}: the name is taken; expected one beside {sorted(taken)}. Give it another."
+                )
+
+    def _check_auxiliary_weights(self, auxiliary: Mapping[str, Tensor]) -> None:
+        """Weights of names that are no output belong to auxiliary losses, and those must be there."""
+        unknown = set(self._auxiliary_weights) - set(auxiliary)
+        if unknown:
+            known = {*(name for name in self.outputs if name), *auxiliary}
+            raise UnknownNameError("output or auxiliary loss in loss_weights", min(unknown), known)
 
     def _check_class_names(self, preds: Mapping[str, Tensor]) -> None:
         """As many names as classes, on one output at least.

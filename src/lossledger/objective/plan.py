@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from lossledger.errors import InputError, InputTypeError, UnknownNameError
 from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
 from lossledger.regularizers import Regularizer
-from lossledger.weighting import ClassWeight
+from lossledger.weighting import ClassWeight, check_class_weight, is_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +69,8 @@ def loss_weights(weights: Any, outputs: tuple[str, ...], structure: str) -> tupl
         )
     if isinstance(weights, list | tuple):
         if len(weights) != len(outputs):
-            raise InputError(
-                f"loss_weights: expected {len(outputs)} numbers for the outputs {list(outputs)}, "
-                f"received {len(weights)}."
-            )
+            wanted = "one number" if structure == "one" else f"{len(outputs)} numbers for the outputs {list(outputs)}"
+            raise InputError(f"loss_weights: expected {wanted}, received {len(weights)}.")
         return {n: _number(w, "loss_weights") for n, w in zip(outputs, weights, strict=True)}, {}
     if structure != "one":
         raise InputError(
@@ -81,9 +80,29 @@ def loss_weights(weights: Any, outputs: tuple[str, ...], structure: str) -> tupl
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if not is_number(value):
         raise InputTypeError(f"{where}: expected a number, received {value!r}.")
+    if not math.isfinite(value):
+        raise InputError(f"{where}: expected a finite number, received {float(value)}.")
     return float(value)
+
+
+def class_names(names: Any) -> tuple[str, ...] | None:
+    """Names of the classes, each its own.
+
+    Raises:
+        InputTypeError: one text instead of a list of names.
+        InputError: a name that is used twice: two classes would become one row of the ledger.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise InputTypeError(f"class_names: expected a list of names, received {names!r}.")
+    found = tuple(str(name) for name in names)
+    twice = [name for name in found if found.count(name) > 1]
+    if twice:
+        raise InputError(f"class_names: expected a name of its own for each class, received {twice[0]!r} twice.")
+    return found
 
 
 def class_weights(class_weight: Any, outputs: tuple[str, ...], structure: str) -> dict[str, ClassWeight]:
@@ -126,6 +145,8 @@ def terms(
 
 def _indexed(class_weight: ClassWeight | None, class_names: tuple[str, ...] | None, where: str) -> ClassWeight | None:
     """Class weights by index: names are resolved once, here."""
+    if class_weight is not None:
+        check_class_weight(class_weight, where)
     if not isinstance(class_weight, Mapping) or not any(isinstance(key, str) for key in class_weight):
         return class_weight
     found: dict[Any, float] = {}

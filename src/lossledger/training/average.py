@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Average:
     """The average of the parameters, updated after each step and installed at the end.
+
+    As in Keras it starts from the parameters after the first step, so that no share of the initial ones stays in it.
 
     Args:
         parameters: the trainable parameters.
@@ -16,15 +18,18 @@ class Average:
 
     def __init__(self, parameters: tuple[nn.Parameter, ...], decay: float | None) -> None:
         self._parameters, self._decay = parameters, decay
-        self._average = [p.detach().clone() for p in parameters] if decay is not None else []
+        self._average: list[Tensor] = []
 
     def update(self) -> None:
         """Take in the parameters as they are now."""
         assert self._decay is not None
+        if not self._average:
+            self._average = [p.detach().clone() for p in self._parameters]
+            return
         torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - self._decay)
 
     def install(self) -> None:
-        """Put the average in the place of the parameters."""
+        """Put the average in the place of the parameters; before the first step there is none."""
         with torch.no_grad():
             for parameter, average in zip(self._parameters, self._average, strict=False):
                 parameter.copy_(average)

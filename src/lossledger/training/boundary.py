@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lossledger.errors import EmptyDataError, InputError
+from lossledger.errors import EmptyDataError, InputError, InputTypeError, LossledgerError, UnknownNameError
 from lossledger.objective import Outputs
 from lossledger.training.data import ArrayData, Data, is_arrays, leaves, make_data, to_device
+from lossledger.training.modes import evaluating
 from lossledger.training.step import StepPlan, run_forward
+from lossledger.weighting import is_number
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+POLICIES = ("raise", "skip", "record")
 
 
-def validation(data: Data, split: float, given: Any, dtype: torch.dtype) -> tuple[Data, Data | None]:
+def validation(data: Data, split: Any, given: Any, dtype: torch.dtype) -> tuple[Data, Data | None]:
     """The data to train on and the data to validate on.
 
     Raises:
         InputError: both forms of validation, or a share that cannot be taken.
         EmptyDataError: a share that leaves nothing on one side.
     """
+    split = 0.0 if split is None else split
+    if not is_number(split):
+        raise InputTypeError(f"validation_split: expected a share between 0 and 1, received {split!r}.")
     if given is not None:
         if split:
             raise InputError("validation_split and validation_data were both given; choose one.")
-        if isinstance(given, list | tuple) and 2 <= len(given) <= 3 and is_arrays(given[0]):
-            weight = given[2] if len(given) == 3 else None
-            return data, make_data(given[0], given[1], weight, None, dtype)
-        return data, make_data(given, None, None, None, dtype)
-    if not split:
-        return data, None
+        with about_validation():
+            # A list of batches is an iterable like any other, whatever its length.
+            if isinstance(given, list | tuple) and 2 <= len(given) <= 3 and is_arrays(given):
+                weight = given[2] if len(given) == 3 else None
+                return data, make_data(given[0], given[1], weight, None, dtype)
+            return data, make_data(given, None, None, None, dtype)
+    return (data, None) if not split else _divided(data, float(split))
+
+
+def _divided(data: Data, split: float) -> tuple[Data, Data]:
+    """The first samples, and the share of the last."""
     if not 0 < split < 1:
         raise InputError(f"validation_split: expected a share between 0 and 1, received {split!r}.")
     if not isinstance(data, ArrayData):
@@ -43,31 +59,63 @@ def validation(data: Data, split: float, given: Any, dtype: torch.dtype) -> tupl
     return data.part(0, kept), data.part(kept, data.length)
 
 
+@contextlib.contextmanager
+def about_validation() -> Iterator[None]:
+    """Errors say that they are about the validation data."""
+    try:
+        yield
+    except LossledgerError as error:
+        error.args = (f"validation data: {error}",)
+        raise
+
+
 def checked_at_once(data: Data, device: torch.device) -> bool:
     """Arrays were checked at once; batches of an iterable are checked as they come, where reading costs nothing."""
     return isinstance(data, ArrayData) or device.type != "cpu"
 
 
 def check_targets(plan: StepPlan, data: Data, device: torch.device) -> None:
-    """All targets against the shape of the output of two samples: label range, shapes, probabilities."""
+    """All targets against the shape of the output of two samples: label range, shapes, probabilities.
+
+    Raises:
+        InputError: targets or outputs that do not fit each other or the loss.
+    """
     if not isinstance(data, ArrayData):
         return
+    objective = plan.objective
+    if objective.structure == "one" and not isinstance(data.y, Tensor):
+        raise InputError(
+            f"y: the loss is for one output; expected one array, received a {type(data.y).__name__} of "
+            f"{len(list(leaves(data.y)))}. Pass the array itself, or give a loss for each output."
+        )
     probe = to_device(next(iter(data.part(0, min(2, data.length)).batches(2, None))), device)
-    was_training = plan.net.training
-    plan.net.eval()
-    try:
-        with torch.no_grad():
-            outputs = run_forward(plan.forward, probe.x, plan.autocast, device.type)
-    finally:
-        plan.net.train(was_training)
+    with evaluating(plan.net), torch.no_grad():
+        outputs = run_forward(plan.forward, probe.x, plan.autocast, device.type)
     outputs = outputs.outputs if isinstance(outputs, Outputs) else outputs
-    for found in leaves(outputs):
-        if found.ndim == 0 or found.shape[0] != probe.size:
-            raise InputError(
-                f"The model returned shape {tuple(found.shape)} for {probe.size} samples; expected the batch on "
-                "the first axis."
-            )
-    plan.objective.check_data(data.y, outputs, data.sample_weight, data.mask, data.length)
+    found = objective.split(outputs, "y_pred")
+    # What a model returns beside the outputs with a loss is its own business.
+    for name in dict.fromkeys(term.output for term in objective.terms):
+        check_output(found[name], name, probe.size)
+    objective.check_data(data.y, outputs, data.sample_weight, data.mask, data.length)
+
+
+def check_output(output: Any, name: str, samples: int) -> None:
+    """An output with a loss is a tensor with the batch on its first axis.
+
+    Raises:
+        InputError: another shape.
+        InputTypeError: no tensor.
+    """
+    where = f" as the output {name!r}" if name else ""
+    if not isinstance(output, Tensor):
+        raise InputTypeError(
+            f"The model returned {type(output).__name__}{where}; expected a tensor with the batch on the first axis."
+        )
+    if output.ndim == 0 or output.shape[0] != samples:
+        raise InputError(
+            f"The model returned shape {tuple(output.shape)} for {samples} samples{where}; expected the batch on the "
+            "first axis."
+        )
 
 
 def new_run(folder: Path) -> None:
@@ -83,7 +131,79 @@ def new_run(folder: Path) -> None:
         )
 
 
-def positive(value: Any, name: str) -> None:
-    """A whole number from 1, or an InputError."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise InputError(f"{name}: expected a whole number from 1, received {value!r}.")
+def whole(value: Any, name: str, least: int = 1) -> int:
+    """A whole number from `least`.
+
+    Raises:
+        InputError: another value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise InputError(f"{name}: expected a whole number from {least}, received {value!r}.")
+    return int(value)
+
+
+def check_fit(batch_size: Any, epochs: Any, initial_epoch: Any, validation_freq: Any, run_dir: Any) -> None:
+    """The counts of `fit`, and its folder.
+
+    Raises:
+        InputError: a count that is not a whole number in its range, or a folder that holds a run.
+    """
+    whole(batch_size, "batch_size")
+    whole(epochs, "epochs")
+    whole(initial_epoch, "initial_epoch", 0)
+    whole(validation_freq, "validation_freq")
+    if run_dir is not None:
+        new_run(Path(run_dir))
+
+
+def steps_of(steps: Any, available: int | None) -> int | None:
+    """The batches of an epoch: all of them, or as many as `steps_per_epoch` says.
+
+    Raises:
+        InputError: more than there are, or not a whole number.
+    """
+    if steps is None:
+        return available
+    wanted = whole(steps, "steps_per_epoch")
+    if available is not None and wanted > available:
+        raise InputError(
+            f"steps_per_epoch: expected at most {available}, the batches of one pass over the data; received {wanted}. "
+            "Train for more epochs instead."
+        )
+    return wanted
+
+
+def seed_of(seed: Any) -> int:
+    """The seed given, or one drawn from torch's generator.
+
+    Raises:
+        InputTypeError: not a whole number.
+    """
+    if seed is None:
+        return int(torch.randint(2**31, ()))
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise InputTypeError(f"seed: expected a whole number or None, received {seed!r}.")
+    return int(seed)
+
+
+def check_compile(precision: Any, clip_norm: Any, ema: Any, on_nonfinite: Any) -> None:
+    """The options of `compile` that are words and numbers.
+
+    Raises:
+        UnknownNameError: a word that is not one of them.
+        InputError: a number out of range.
+        InputTypeError: no number.
+    """
+    for name, word, words in (("precision", precision, PRECISIONS), ("on_nonfinite", on_nonfinite, POLICIES)):
+        if not isinstance(word, str) or word not in words:
+            raise UnknownNameError(name, word, words)
+    for name, number, expected in (
+        ("clip_norm", clip_norm, "a positive number"),
+        ("ema", ema, "a decay between 0 and 1"),
+    ):
+        if number is None:
+            continue
+        if not is_number(number):
+            raise InputTypeError(f"{name}: expected {expected}, received {number!r}.")
+        if not number > 0 or (name == "ema" and not number < 1):
+            raise InputError(f"{name}: expected {expected}, received {number!r}.")

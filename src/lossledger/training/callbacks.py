@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
+from lossledger.weighting import is_number
 
 if TYPE_CHECKING:
     from lossledger.training.model import Model
@@ -27,10 +30,15 @@ class Callback:
     """
 
     model: Model
+    params: Mapping[str, Any] = MappingProxyType({})
 
     def set_model(self, model: Model) -> None:
         """Called before training with the model that trains."""
         self.model = model
+
+    def set_params(self, params: Mapping[str, Any]) -> None:
+        """Called before training with `epochs`, `steps`, `seed`, and `validation`: whether some epochs end with one."""
+        self.params = params
 
     def on_train_begin(self, logs: Logs) -> None:
         """Before the first epoch."""
@@ -54,6 +62,13 @@ class Callback:
 def overrides(callback: Callback, hook: str) -> bool:
     """Whether a callback has its own version of a hook: steps dispatch to nobody else."""
     return hook in vars(callback) or getattr(type(callback), hook) is not getattr(Callback, hook)
+
+
+def awaited(logs: Logs, params: Mapping[str, Any]) -> list[str]:
+    """The numbers of the validation that the logs of an epoch lack because it had none (`validation_freq`)."""
+    if not params.get("validation") or any(name.startswith("val_") for name in logs):
+        return []
+    return [f"val_{name}" for name in logs]
 
 
 class LambdaCallback(Callback):
@@ -101,10 +116,9 @@ class _Monitor:
         self.min_delta = abs(min_delta)
         self.best = math.inf
 
-    def read(self, logs: Logs) -> float:
-        if self.name not in logs:
-            raise UnknownNameError(f"number to monitor in {self.who}", self.name, logs)
-        return logs[self.name]
+    def read(self, logs: Logs, params: Mapping[str, Any]) -> float | None:
+        """The number, or `None` in an epoch without the validation that makes it."""
+        return _monitored(self.name, logs, params, self.who)
 
     def improved(self, value: float) -> bool:
         if self.sign * value < self.best - self.min_delta:
@@ -113,13 +127,22 @@ class _Monitor:
         return False
 
 
+def _monitored(name: str, logs: Logs, params: Mapping[str, Any], who: str) -> float | None:
+    if name in logs:
+        return logs[name]
+    later = awaited(logs, params)
+    if name in later:
+        return None
+    raise UnknownNameError(f"number to monitor in {who}", name, [*logs, *later])
+
+
 class EarlyStopping(Callback):
     """Stop when a number has not got better for some epochs.
 
     Args:
-        monitor: name of the number.
+        monitor: name of the number; epochs without the validation that makes it are passed over.
         min_delta: smallest change that counts.
-        patience: epochs without an improvement before training stops.
+        patience: epochs (that have the number) without an improvement before training stops.
         mode: `"min"`, `"max"`, or `"auto"` (losses and errors fall, everything else rises).
         baseline: a value to beat from the start.
         restore_best_weights: end with the weights of the best epoch.
@@ -159,8 +182,8 @@ class EarlyStopping(Callback):
 
     def on_epoch_end(self, epoch: int, logs: Logs) -> None:
         """Compare with the best so far."""
-        value = self._monitor.read(logs)
-        if epoch < self.start_from_epoch:
+        value = self._monitor.read(logs, self.params)
+        if value is None or epoch < self.start_from_epoch:
             return
         if self._monitor.improved(value):
             self._wait, self.best_epoch = 0, epoch
@@ -182,7 +205,8 @@ class ModelCheckpoint(Callback):
     """Save the weights after epochs.
 
     Args:
-        filepath: path of the safetensors file; may use `{epoch:02d}` (from 1) and numbers of the logs.
+        filepath: path of the safetensors file; may use `{epoch:02d}` (from 1) and numbers of the logs. Epochs without
+            a validation are passed over where its numbers are needed.
         monitor: number that decides what is best.
         save_best_only: keep a file only when the number got better.
         mode: as for `EarlyStopping`.
@@ -201,12 +225,18 @@ class ModelCheckpoint(Callback):
 
     def on_epoch_end(self, epoch: int, logs: Logs) -> None:
         """Save, if due."""
-        if self.save_best_only and not self._monitor.improved(self._monitor.read(logs)):
-            return
+        if self.save_best_only:
+            value = self._monitor.read(logs, self.params)
+            if value is None or not self._monitor.improved(value):
+                return
         try:
             path = self.filepath.format(epoch=epoch + 1, **logs)
         except KeyError as error:
-            raise UnknownNameError("number in filepath of ModelCheckpoint", error.args[0], ["epoch", *logs]) from None
+            later = awaited(logs, self.params)
+            if error.args[0] in later:
+                return
+            known = ["epoch", *logs, *later]
+            raise UnknownNameError("number in filepath of ModelCheckpoint", error.args[0], known) from None
         self.model.save_weights(path)
 
 
@@ -214,8 +244,9 @@ class LearningRateScheduler(Callback):
     """Set the learning rate from a function or a torch scheduler.
 
     Args:
-        schedule: `fn(epoch, lr) -> lr`, called before each epoch; or a torch scheduler (or a function of the
-            optimizer that makes one), stepped after each epoch. A plateau scheduler is stepped with `monitor`.
+        schedule: `fn(epoch, lr) -> lr` or `fn(epoch) -> lr`, called before each epoch; or a torch scheduler (its
+            class, or a function of the optimizer that makes one), stepped after each epoch. A plateau scheduler is
+            stepped with `monitor`, after the epochs that have it.
         monitor: number that a plateau scheduler watches.
     """
 
@@ -223,53 +254,82 @@ class LearningRateScheduler(Callback):
         self.schedule = schedule
         self.monitor = monitor
         self._scheduler: Any = schedule if is_scheduler(schedule) else None
-        if self._scheduler is None and not callable(schedule):
+        usable = isinstance(schedule, type) or (callable(schedule) and (_takes(schedule, 1) or _takes(schedule, 2)))
+        if self._scheduler is None and not usable:
             raise InputTypeError(
-                f"LearningRateScheduler: expected fn(epoch, lr) or a torch scheduler; received {schedule!r}."
+                f"LearningRateScheduler: expected fn(epoch, lr), fn(epoch) or a torch scheduler; received {schedule!r}."
             )
 
     def on_train_begin(self, logs: Logs) -> None:
-        """Make the scheduler, when a function of the optimizer was given."""
-        if self._scheduler is None and _arguments(self.schedule) == 1:
+        """Make the scheduler, when its class was given."""
+        made_of = self.schedule.func if isinstance(self.schedule, functools.partial) else self.schedule
+        if self._scheduler is None and isinstance(made_of, type) and issubclass(made_of, _SCHEDULER):
             self._scheduler = self.schedule(self.model.optimizer)
-            if not is_scheduler(self._scheduler):
-                raise InputTypeError("LearningRateScheduler: a function of one argument must return a torch scheduler.")
 
     def on_epoch_begin(self, epoch: int, logs: Logs) -> None:
         """Set the rate of the epoch."""
         if self._scheduler is not None:
             return
-        for group in self.model.optimizer.param_groups:
-            rate = self.schedule(epoch, float(group["lr"]))
-            if not isinstance(rate, int | float) or not rate >= 0:
-                raise InputError(f"LearningRateScheduler: the schedule must return a rate >= 0; received {rate!r}.")
-            group["lr"] = float(rate)
+        groups = self.model.optimizer.param_groups
+        try:
+            rates = [self._rate(epoch, float(group["lr"])) for group in groups]
+        except Exception as error:
+            # A function of the optimizer looks like one of the epoch: what it returns tells them apart.
+            self._scheduler = self._made(error)
+            return
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _rate(self, epoch: int, before: float) -> float:
+        rate = self.schedule(epoch, before) if _takes(self.schedule, 2) else self.schedule(epoch)
+        if not is_number(rate) or not 0 <= rate < math.inf:
+            raise InputError(f"LearningRateScheduler: the schedule must return a rate >= 0; received {rate!r}.")
+        return float(rate)
+
+    def _made(self, error: Exception) -> Any:
+        """The scheduler that the function makes of the optimizer; if it makes none, the error of the schedule."""
+        try:
+            made = self.schedule(self.model.optimizer)
+        except Exception:
+            raise error from None
+        if not is_scheduler(made):
+            raise error
+        return made
 
     def on_epoch_end(self, epoch: int, logs: Logs) -> None:
         """Step the torch scheduler."""
         if self._scheduler is None:
             return
-        if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            if self.monitor not in logs:
-                raise UnknownNameError("number to monitor in LearningRateScheduler", self.monitor, logs)
-            self._scheduler.step(logs[self.monitor])
-        else:
+        if not isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self._scheduler.step()
+            return
+        value = _monitored(self.monitor, logs, self.params, type(self).__name__)
+        if value is not None:
+            self._scheduler.step(value)
+
+
+_SCHEDULER = torch.optim.lr_scheduler.LRScheduler
 
 
 def is_scheduler(value: Any) -> bool:
     """Whether the value is a scheduler of torch."""
-    return isinstance(value, torch.optim.lr_scheduler.LRScheduler)
+    return isinstance(value, _SCHEDULER)
 
 
-def _arguments(fn: Any) -> int:
-    """Number of positional arguments that must be given."""
-    kinds = inspect.signature(fn).parameters.values()
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in kinds)
+def _takes(fn: Any, count: int) -> bool:
+    """Whether so many positional arguments can be passed."""
+    try:
+        inspect.signature(fn).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:
+        # Functions of C may not tell: Keras's plain form is the one argument.
+        return count == 1
+    return True
 
 
 class CSVLogger(Callback):
-    """Write the numbers of each epoch to a CSV file.
+    """Write the numbers of each epoch to a CSV file; those of the validation are empty in epochs without one.
 
     Args:
         filename: path.
@@ -298,8 +358,8 @@ class CSVLogger(Callback):
         writer = csv.writer(self._file, delimiter=self.separator)
         columns = ["epoch", *logs]
         if self._columns is None:
-            self._columns = columns
-            writer.writerow(columns)
+            self._columns = [*columns, *awaited(logs, self.params)]
+            writer.writerow(self._columns)
         unknown = [c for c in columns if c not in self._columns]
         if unknown:
             raise UnknownNameError(f"column of {self.filename}", unknown[0], self._columns)
@@ -312,6 +372,17 @@ class CSVLogger(Callback):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def as_callbacks(given: Any) -> list[Callback]:
+    """Callbacks from one or several callbacks or torch schedulers.
+
+    Raises:
+        InputTypeError: something else.
+    """
+    if given is None:
+        return []
+    return [as_callback(one) for one in (given if isinstance(given, list | tuple) else [given])]
 
 
 def as_callback(value: Any) -> Callback:

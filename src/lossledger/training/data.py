@@ -52,18 +52,36 @@ def leaves(value: Any) -> Iterator[Tensor]:
 
 def map_structure(fn: Callable[[Any], Any], value: Any) -> Any:
     """The structure with each array replaced by what `fn` makes of it."""
+    # Most values are a tensor, and every step comes through here.
+    if isinstance(value, Tensor):
+        return fn(value)
     if value is None:
         return None
     if isinstance(value, Mapping):
         return {key: map_structure(fn, part) for key, part in value.items()}
     if isinstance(value, tuple) or (isinstance(value, list) and _holds_arrays(value)):
-        return type(value)(map_structure(fn, part) for part in value) if type(value) in (list, tuple) else fn(value)
+        return rebuilt(value, [map_structure(fn, part) for part in value])
     return fn(value)
 
 
+def rebuilt(like: Sequence[Any], parts: list[Any]) -> Any:
+    """The parts as a list, a tuple or a named tuple, as `like` is one."""
+    if isinstance(like, list):
+        return parts
+    return type(like)._make(parts) if hasattr(like, "_make") else tuple(parts)
+
+
 def _holds_arrays(value: Sequence[Any]) -> bool:
-    """A list of arrays is a structure; a list of numbers or of lists is one array."""
-    return bool(value) and all(isinstance(part, Tensor | np.ndarray | Mapping) for part in value)
+    """Whether a list or tuple is a structure of arrays; one of numbers, or of lists of numbers, is a single array.
+
+    The first part decides: a value that stands for no array (`None`) is never a number.
+    """
+    if not value:
+        return False
+    first = value[0]
+    if isinstance(first, list | tuple):
+        return _holds_arrays(first)
+    return first is None or isinstance(first, Tensor | np.ndarray | Mapping)
 
 
 def to_tensor(value: Any, what: str, dtype: torch.dtype) -> Tensor:
@@ -141,51 +159,134 @@ class ArrayData:
 
 
 def array_data(
-    x: Any, y: Any = None, sample_weight: Any = None, mask: Any = None, dtype: torch.dtype = torch.float32
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    mask: Any = None,
+    dtype: torch.dtype = torch.float32,
+    position: int | None = None,
 ) -> ArrayData:
     """Arrays as data, checked.
 
+    Args:
+        x: inputs.
+        y: targets.
+        sample_weight: weights.
+        mask: masks.
+        dtype: dtype of floating NumPy arrays.
+        position: which batch of an iterable this is; `None`: all of the data.
+
     Raises:
         EmptyDataError: no sample.
-        InputError: arrays of different lengths.
+        InputError: arrays of different lengths, or a weight that is not finite.
         InputTypeError: something that is no array.
     """
-    parts = {
-        name: map_structure(_converter(name, dtype), value)
-        for name, value in (("x", x), ("y", y), ("sample_weight", sample_weight), ("mask", mask))
-    }
-    parts["mask"] = map_structure(lambda m: as_mask(m, "mask"), parts["mask"])
+    where = "" if position is None else f"batch {position}: "
+    given = {"x": x, "y": y, "sample_weight": sample_weight, "mask": mask}
+    parts = {name: map_structure(_converter(f"{where}{name}", dtype), value) for name, value in given.items()}
+    parts["mask"] = map_structure(lambda m: as_mask(m, f"{where}mask"), parts["mask"])
+    length = _common_length(parts, where)
+    check_weights(parts["sample_weight"], parts["mask"], where, waiting=position is None)
+    return ArrayData(parts["x"], parts["y"], parts["sample_weight"], parts["mask"], length)
+
+
+def _common_length(parts: Mapping[str, Any], where: str) -> int:
+    """Number of samples, the same in every array."""
     lengths = {name: [int(a.shape[0]) if a.ndim else -1 for a in leaves(v)] for name, v in parts.items()}
     if not lengths["x"]:
-        raise EmptyDataError("x: expected at least one array, received none.")
+        raise EmptyDataError(f"{where}x: expected at least one array, received none.")
     length = lengths["x"][0]
+    if length == -1:
+        raise InputError(f"{where}x: expected the samples on the first axis, received a scalar. Pass an array of them.")
     for name, found in lengths.items():
         for other in found:
             if other != length:
                 received = "a scalar" if other == -1 else f"{other}"
                 raise InputError(
-                    f"{name}: expected {length} samples on the first axis, as in x; received {received}. "
+                    f"{where}{name}: expected {length} samples on the first axis, as in x; received {received}. "
                     "Every array has the samples on its first axis."
                 )
     if length == 0:
-        raise EmptyDataError("x: expected at least one sample, received an array of length 0. Check how it was sliced.")
-    return ArrayData(parts["x"], parts["y"], parts["sample_weight"], parts["mask"], length)
+        raise EmptyDataError(
+            f"{where}x: expected at least one sample, received an array of length 0. Check how it was sliced."
+        )
+    return length
+
+
+def check_weights(sample_weight: Any, mask: Any, where: str, waiting: bool) -> None:
+    """Weights are finite where the mask lets them count: one that is not would reach every number of its step.
+
+    Args:
+        sample_weight: converted weights, in the structure of the outputs.
+        mask: converted masks.
+        where: the batch, for the message.
+        waiting: check also what lies on a device, and wait for the answer.
+
+    Raises:
+        InputError: NaN or infinity, with the position of the first such sample.
+        InputTypeError: complex weights.
+    """
+    for key, weight in _named(sample_weight):
+        if weight.is_complex():
+            raise InputTypeError(
+                f"{where}sample_weight: expected real numbers, received dtype {weight.dtype}. Pass its real part."
+            )
+        if not weight.is_floating_point() or not (waiting or weight.device.type == "cpu"):
+            continue
+        bad = ~torch.isfinite(weight)
+        if not bool(bad.any()):
+            continue
+        masks = [m for name, m in _named(mask) if name in (key, ())]
+        counted = _at_samples(bad, masks[0] if masks else None)
+        if bool(counted.any()):
+            sample = int(counted.nonzero()[0])
+            raise InputError(
+                f"{where}sample_weight: expected finite numbers, received {_first_bad(weight[sample])} at sample "
+                f"{sample} ({int(counted.sum())} such samples in all). Use 0, or a mask, for what must not count."
+            )
+
+
+def _named(value: Any, key: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """The tensors of a structure with the keys and indices that lead to them."""
+    if isinstance(value, Tensor):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _named(part, (*key, name))
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _named(part, (*key, index))
+
+
+def _at_samples(bad: Tensor, mask: Tensor | None) -> Tensor:
+    """Which samples have a bad weight that the mask lets count, `[B]`."""
+    if mask is not None:
+        rank = max(bad.ndim, mask.ndim)
+        wide, open_ = (t.reshape(*t.shape, *(1,) * (rank - t.ndim)) for t in (bad, mask))
+        # Shapes that do not fit each other are refused where those of the loss are known.
+        if all(m == n or 1 in (m, n) for m, n in zip(wide.shape, open_.shape, strict=True)):
+            bad = wide & open_.to(wide.device)
+    return bad.reshape(bad.shape[0], -1).any(1)
+
+
+def _first_bad(weights: Tensor) -> float:
+    return float(weights[~torch.isfinite(weights)].reshape(-1)[0])
 
 
 def is_arrays(x: Any) -> bool:
-    """Whether `x` is data in memory rather than an iterable of batches."""
+    """Whether `x` is data in memory rather than an iterable of batches.
+
+    A tuple is data in memory. A list is a structure of arrays, or one array of numbers, unless its items are batches:
+    `Batch`es, or lists or tuples of arrays.
+    """
     if isinstance(x, Tensor | np.ndarray | Mapping):
         return True
-    if isinstance(x, list | tuple) and x:
-        return _holds_arrays(x) or (
-            all(isinstance(part, int | float | list | tuple | np.generic) for part in x) and (not _is_batch_tuple(x[0]))
-        )
-    return False
-
-
-def _is_batch_tuple(value: Any) -> bool:
-    """A list of `(x, y)` pairs is an iterable of batches."""
-    return isinstance(value, tuple) and any(isinstance(part, Tensor | np.ndarray | Mapping) for part in value)
+    if not isinstance(x, list | tuple) or not x:
+        return False
+    first = x[0]
+    if isinstance(first, Batch):
+        return False
+    return isinstance(x, tuple) or not (isinstance(first, list | tuple) and _holds_arrays(first))
 
 
 def read_batch(item: Any, dtype: torch.dtype, position: int) -> Batch:
@@ -204,7 +305,7 @@ def read_batch(item: Any, dtype: torch.dtype, position: int) -> Batch:
             f"batch {position}: expected (x, y), (x, y, sample_weight) or a lossledger.Batch; received "
             f"{type(item).__name__}{f' of {len(item)}' if isinstance(item, list | tuple) else ''}."
         )
-    data = array_data(x, y, weight, mask, dtype)
+    data = array_data(x, y, weight, mask, dtype, position)
     ids = item.ids if isinstance(item, Batch) else None
     return Batch(data.x, data.y, data.sample_weight, data.mask, ids)
 
@@ -242,21 +343,37 @@ class IterableData:
 Data = ArrayData | IterableData
 
 
-def make_data(x: Any, y: Any, sample_weight: Any, mask: Any, dtype: torch.dtype, targets: bool = True) -> Data:
-    """Data from what a user passed to `fit`, `evaluate` or `predict`.
+def check_kind(x: Any) -> None:
+    """`x` can be data at all.
+
+    Raises:
+        EmptyDataError: `None`.
+        InputTypeError: neither arrays nor an iterable.
+    """
+    if x is None:
+        raise EmptyDataError("x: expected arrays or an iterable of batches, received None.")
+    if not is_arrays(x) and (not isinstance(x, Iterable) or isinstance(x, str | bytes)):
+        raise InputTypeError(
+            f"x: expected arrays or an iterable of batches, received {type(x).__name__}. "
+            "Convert it to an array, or wrap a data set in a DataLoader."
+        )
+
+
+def make_data(x: Any, y: Any, sample_weight: Any, mask: Any, dtype: torch.dtype) -> Data:
+    """Data from what a user passed to `fit` or `evaluate`.
 
     Raises:
         InputError: targets beside an iterable of batches, or none beside arrays.
         InputTypeError: neither arrays nor an iterable.
     """
-    if x is None:
-        raise EmptyDataError("x: expected arrays or an iterable of batches, received None.")
+    check_kind(x)
     if is_arrays(x):
-        if y is None and targets:
-            raise InputError("y: expected targets beside the arrays x, received None. Pass y, or batches of (x, y).")
+        if y is None:
+            raise InputError(
+                "y: expected targets beside the arrays x, received None. Pass y, or a list (not a tuple) of batches "
+                "(x, y)."
+            )
         return array_data(x, y, sample_weight, mask, dtype)
-    if not isinstance(x, Iterable) or isinstance(x, str):
-        raise InputTypeError(f"x: expected arrays or an iterable of batches, received {type(x).__name__}.")
     for name, value in (("y", y), ("sample_weight", sample_weight), ("mask", mask)):
         if value is not None:
             raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,12 @@ from lossledger.tally import Tally
 from lossledger.training import posting
 from lossledger.training.callbacks import Callback, overrides
 from lossledger.training.data import Batch, Data, to_device
+from lossledger.training.gate import bad_elements
 from lossledger.training.measure import Measures, MetricPlan
+from lossledger.training.modes import evaluating
 from lossledger.training.progress import Show
 from lossledger.training.running import Running
-from lossledger.training.step import StepPlan, bad_elements, run_forward, train_step
+from lossledger.training.step import StepPlan, StepResult, run_forward, train_step
 from lossledger.training.trace import nonfinite_error
 
 LOG_SECONDS = 0.1
@@ -66,15 +68,32 @@ class Pass:
         self.measures = Measures(objective, plans)
         self.show, self.title = show, title
         self.steps = 0
+        self._bad_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.started = self._logged = time.perf_counter()
         self._last: dict[str, Tally] = {}
 
-    def add(self, batch: Batch, tallies: dict[str, Tally], outputs: Any) -> None:
-        """Add a batch; nothing is read."""
+    def add(
+        self, batch: Batch, tallies: dict[str, Tally], outputs: Any, bad: Tensor | None = None, skip: bool = False
+    ) -> None:
+        """Add a batch; nothing is read.
+
+        Args:
+            batch: the batch.
+            tallies: by term.
+            outputs: what the model returned.
+            bad: whether the step was left out.
+            skip: leave such a step out of the numbers too.
+        """
         self.steps += 1
         self.running.add(tallies)
-        self.measures.add(batch, outputs)
+        self.measures.add(batch, outputs, bad if skip else None)
         self._last = tallies
+        if bad is not None:
+            self._bad_steps += bad
+
+    def bad_steps(self) -> int:
+        """Number of steps that were left out; a read."""
+        return int(self._bad_steps)
 
     @property
     def due(self) -> bool:
@@ -150,29 +169,28 @@ def train_epoch(
         EmptyDataError: the data gave no batch.
         NonFiniteError: the loss is not finite, and `on_nonfinite` is "raise".
     """
-    plan.net.train()
     device = plan.parameters[0].device
     begin = [c for c in options.callbacks if overrides(c, "on_train_batch_begin")]
     end = [c for c in options.callbacks if overrides(c, "on_train_batch_end")]
-    recent: deque[tuple[int, Batch, dict[str, Tally]]] = deque(maxlen=RECENT)
-    watch = options.on_nonfinite == "raise"
+    recent: deque[tuple[int, Batch, StepResult]] = deque(maxlen=RECENT)
+    watch, skip = options.on_nonfinite == "raise", options.on_nonfinite == "skip"
     batches = itertools.islice(data.batches(options.batch_size, order), options.steps)
     for index, host in enumerate(batches):
         batch = to_device(host, device)
         for callback in begin:
             callback.on_train_batch_begin(index, {})
-        tallies, outputs = train_step(plan, batch, options.by, options.checked)
-        if options.on_nonfinite == "skip":
-            tallies = without_bad(tallies)
-        current.add(batch, tallies, outputs)
+        done = train_step(plan, batch, options.by, options.checked)
+        tallies = without_bad(done.tallies, done.bad) if skip and done.bad is not None else done.tallies
+        current.add(batch, tallies, done.outputs, done.bad, skip)
         if options.after_step is not None:
             options.after_step()
         if watch:
-            recent.append((first_step + index, batch, tallies))
-        if current.due:
-            sums = current.log()
+            # Outputs are made again if they are asked for: kept, they would hold the memory of many batches.
+            recent.append((first_step + index, batch, replace(done, outputs=None)))
+        if current.due or len(recent) == RECENT:
+            current.log()
             if watch:
-                stop_if_bad(plan, sums, recent)
+                stop_if_bad(plan, current, recent)
             recent.clear()
         for callback in end:
             callback.on_train_batch_end(index, LazyLogs(current.current))
@@ -181,27 +199,29 @@ def train_epoch(
             "fit: the data gave no batch in this epoch; expected at least one. A generator is exhausted after one "
             "pass: pass a list, a DataLoader, or an object whose __iter__ starts over."
         )
-    result = current.result()
     if watch:
-        stop_if_bad(plan, result.tallies, recent)
-    return result
+        stop_if_bad(plan, current, recent)
+    return current.result()
 
 
-def stop_if_bad(plan: StepPlan, sums: dict[str, Tally], recent: Sequence[tuple[int, Batch, dict[str, Tally]]]) -> None:
-    """Raise the error of the first recent step that is not finite, if the sums say there was one."""
-    if not any(int(t.nonfinite) for t in sums.values()):
+def stop_if_bad(plan: StepPlan, current: Pass, recent: Sequence[tuple[int, Batch, StepResult]]) -> None:
+    """Raise the error of the first recent step that was left out, if the count says there was one.
+
+    Raises:
+        NonFiniteError: loss or gradient of a step are not finite.
+    """
+    if not current.bad_steps():
         return
-    for step, batch, tallies in recent:
-        if int(bad_elements(tallies)):
-            with torch.no_grad():
+    for step, batch, done in recent:
+        if done.bad is not None and bool(done.bad):
+            with torch.no_grad(), evaluating(plan.net):
                 outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.parameters[0].device.type)
-            raise nonfinite_error(plan.objective, step, tallies, batch, outputs)
-    raise nonfinite_error(plan.objective, 0, sums, None, None)
+            raise nonfinite_error(plan.objective, step, done.tallies, batch, outputs)
 
 
-def without_bad(tallies: dict[str, Tally]) -> dict[str, Tally]:
+def without_bad(tallies: dict[str, Tally], bad: Tensor) -> dict[str, Tally]:
     """The tallies of a step that is left out when it is not finite: nothing of it counts but the record of it."""
-    good = bad_elements(tallies) == 0
+    good = ~bad
 
     def keep(value: Any) -> Any:
         tensor = torch.as_tensor(value, device=good.device)
@@ -237,23 +257,33 @@ def evaluate_pass(
     Raises:
         EmptyDataError: the data gave no batch.
     """
-    was_training = plan.net.training
-    plan.net.eval()
     device = plan.parameters[0].device if plan.parameters else torch.device("cpu")
     objective = plan.objective
-    try:
-        with torch.no_grad():
-            for host in itertools.islice(data.batches(batch_size, None), steps):
-                batch = to_device(host, device)
-                outputs = run_forward(plan.forward, batch.x, plan.autocast, device.type)
-                tallies = objective.tallies(batch.y, outputs, batch.sample_weight, batch.mask, "class", checked)
-                current.add(batch, tallies, outputs)
-                if current.due:
-                    current.log()
-            if current.steps == 0:
-                raise EmptyDataError("evaluate: the data gave no batch; expected at least one.")
-            # The weights stand still, so a penalty on them counts once, not once a batch.
-            current.running.add(objective.penalty_tallies(plan.net))
-    finally:
-        plan.net.train(was_training)
+    recent: deque[tuple[Batch, dict[str, Tally], Any]] = deque(maxlen=RECENT)
+    with torch.no_grad(), evaluating(plan.net):
+        for host in itertools.islice(data.batches(batch_size, None), steps):
+            batch = to_device(host, device)
+            outputs = run_forward(plan.forward, batch.x, plan.autocast, device.type)
+            tallies = objective.tallies(batch.y, outputs, batch.sample_weight, batch.mask, "class", checked)
+            current.add(batch, tallies, outputs)
+            recent.append((batch, tallies, outputs))
+            if current.due or len(recent) == RECENT:
+                _explain_bad(objective, current.log(), recent)
+                recent.clear()
+        if current.steps == 0:
+            raise EmptyDataError("evaluate: the data gave no batch; expected at least one.")
+        _explain_bad(objective, current.log(), recent)
+        # The weights stand still, so a penalty on them counts once, not once a batch.
+        current.running.add(objective.penalty_tallies(plan.net))
     return current.result()
+
+
+def _explain_bad(
+    objective: Objective, sums: dict[str, Tally], recent: Iterable[tuple[Batch, dict[str, Tally], Any]]
+) -> None:
+    """A loss that is not finite because the outputs cannot be right is an error; any other is reported as it is."""
+    if not any(int(tally.nonfinite) for tally in sums.values()):
+        return
+    for batch, tallies, outputs in recent:
+        if bool(bad_elements(tallies)):
+            objective.align(batch.y, outputs, batch.sample_weight, batch.mask)

@@ -16,6 +16,7 @@ from lossledger.ledger import MetricRow
 from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
 from lossledger.objective import Objective, Outputs
+from lossledger.training import posting
 from lossledger.training.data import Batch
 
 
@@ -38,7 +39,11 @@ def plan(objective: Objective, given: Any, weighted: Any) -> tuple[MetricPlan, .
     """
     plans = [*_plans(objective, given, False), *_plans(objective, weighted, True)]
     names = [p.name for p in plans]
+    taken = {"loss", "last", *(posting.loss_key(t.name) for t in objective.terms)}
+    taken |= {f"{output}_loss" for output in objective.outputs}
     for name in names:
+        if name in taken:
+            raise InputError(f"metrics: the name {name!r} is that of a loss in the history; give the metric another.")
         if names.count(name) > 1:
             raise InputError(f"metrics: the name {name!r} is used twice; give one metric another name.")
     return tuple(plans)
@@ -48,6 +53,8 @@ def _plans(objective: Objective, given: Any, weighted: bool) -> list[MetricPlan]
     if given is None:
         return []
     by_output: dict[str, Any] = {}
+    if isinstance(given, Mapping) and objective.structure == "one":
+        raise UnknownNameError("output in metrics", next(iter(given), ""), ["the one output"])
     if isinstance(given, Mapping):
         unknown = [name for name in given if name not in objective.outputs]
         if unknown:
@@ -96,8 +103,11 @@ class Measures:
             if isinstance(p.metric, metrics.TorchMetric):
                 p.metric.reset()
 
-    def add(self, batch: Batch, y_pred: Any) -> None:
-        """Add a batch; nothing is read."""
+    def add(self, batch: Batch, y_pred: Any, bad: Tensor | None = None) -> None:
+        """Add a batch; nothing is read. A step that was left out, as `bad` says, is left out here too.
+
+        A torchmetrics object cannot be told on the device: for those `bad` is read.
+        """
         if not self._plans:
             return
         if isinstance(y_pred, Outputs):
@@ -110,10 +120,13 @@ class Measures:
             for p in self._plans:
                 key = p.output
                 if isinstance(p.metric, metrics.TorchMetric):
-                    p.metric.update(trues[key], preds[key].detach())
+                    if bad is None or not bool(bad):
+                        p.metric.update(trues[key], preds[key].detach())
                     continue
                 weight = weights.get(key) if p.weighted else None
                 sums = p.metric.statistics(trues[key], preds[key].detach(), weight, masks.get(key))
+                if bad is not None:
+                    sums = torch.where(bad, torch.zeros_like(sums), sums)
                 known = self._sums.get(p.name)
                 self._sums[p.name] = sums if known is None else known.add_(sums)
 

@@ -10,27 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from lossledger.errors import InputError, InputTypeError, UnknownNameError
+from lossledger.errors import InputError, InputTypeError
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
-from lossledger.training import boundary, loop, measure, optimizers, posting, prediction, weights
+from lossledger.objective import plan as planning
+from lossledger.training import boundary, loop, measure, optimizers, prediction, weights
 from lossledger.training.average import Average
-from lossledger.training.callbacks import as_callback
-from lossledger.training.data import (
-    Batch,
-    Data,
-    array_data,
-    make_data,
-    order_of,
-    to_device,
-)
+from lossledger.training.callbacks import as_callbacks
+from lossledger.training.data import Batch, Data, array_data, make_data, to_device
+from lossledger.training.fitting import Fitting, evaluated, post
+from lossledger.training.gate import Gate
+from lossledger.training.modes import training
 from lossledger.training.progress import Show
 from lossledger.training.provenance import provenance
 from lossledger.training.step import StepPlan, calling, train_step
 from lossledger.training.summary import summary_table
-
-_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
-_POLICIES = ("raise", "skip", "record")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +123,7 @@ class Model:
             precision: `"float32"`, or `"bfloat16"` for autocast in the forward pass (losses stay in float32).
             clip_norm: largest norm of the whole gradient.
             ema: decay of an exponential moving average of the weights, for example 0.999; `fit` ends with the
-                averaged weights in place, as Keras's `use_ema` does.
+                averaged weights in place, as Keras's `use_ema` does. It starts from the weights after the first step.
             on_nonfinite: `"raise"` stops at the first NaN or infinity, `"skip"` leaves such steps out, `"record"` goes
                 on and counts them.
 
@@ -139,28 +133,23 @@ class Model:
         """
         if loss is None:
             raise InputError("compile: expected a loss, received None. For example compile(loss='mse').")
-        if precision not in _PRECISIONS:
-            raise UnknownNameError("precision", precision, _PRECISIONS)
-        if on_nonfinite not in _POLICIES:
-            raise UnknownNameError("on_nonfinite", on_nonfinite, _POLICIES)
-        if clip_norm is not None and not clip_norm > 0:
-            raise InputError(f"clip_norm: expected a positive number, received {clip_norm!r}.")
-        if ema is not None and not 0 < ema < 1:
-            raise InputError(f"ema: expected a decay between 0 and 1, received {ema!r}.")
-        self._recipe = _Recipe(loss, loss_weights, regularizers, class_names, self._output_names)
+        boundary.check_compile(precision, clip_norm, ema, on_nonfinite)
+        names = planning.class_names(class_names)
+        self._recipe = _Recipe(loss, loss_weights, regularizers, names, self._output_names)
         objective = self._recipe.objective()
         for penalty in objective.penalties:
             objective.penalized(penalty, self.net)
-        made = optimizers.make(optimizer, self.net.parameters())
+        made = optimizers.make(optimizer, self.net)
+        trainable = tuple(p for p in self.net.parameters() if p.requires_grad)
         self._plan = StepPlan(
             self.net,
             self._forward,
             objective,
             made,
-            tuple(p for p in self.net.parameters() if p.requires_grad),
-            _PRECISIONS[precision],
+            trainable,
+            boundary.PRECISIONS[precision],
             clip_norm,
-            on_nonfinite != "record",
+            None if on_nonfinite == "record" else Gate(self.net, made, trainable),
         )
         self._metrics = measure.plan(objective, metrics, weighted_metrics)
         self._on_nonfinite = on_nonfinite
@@ -176,10 +165,12 @@ class Model:
         """The objective that `compile` resolved."""
         return self._compiled().objective
 
-    def _compiled(self) -> StepPlan:
-        if self._plan is None:
+    def _compiled(self, class_weight: Any = None) -> StepPlan:
+        if self._plan is None or self._recipe is None:
             raise InputError("The model is not compiled: call model.compile(optimizer=…, loss=…) first.")
-        return self._plan
+        if class_weight is None:
+            return self._plan
+        return replace(self._plan, objective=self._recipe.objective(class_weight))
 
     # --- fit ---------------------------------------------------------------------------------------------------
 
@@ -206,21 +197,22 @@ class Model:
         """Train.
 
         Args:
-            x: inputs (an array, or a dict or tuple of arrays), or an iterable of batches `(x, y)`,
-                `(x, y, sample_weight)` or `lossledger.Batch`.
+            x: inputs (an array, or a dict, tuple or list of arrays), or an iterable, such as a list or a DataLoader, of
+                batches `(x, y)`, `(x, y, sample_weight)` or `lossledger.Batch`. A tuple is never taken for batches.
             y: targets, by output where there are several; not beside an iterable.
             batch_size: samples of a batch; the last batch of an epoch may be smaller.
             epochs: number of the last epoch.
             verbose: 0 silent, 1 bar, 2 one line an epoch, "auto" a bar in a terminal and lines elsewhere.
-            callbacks: callbacks, or torch schedulers.
+            callbacks: one callback or several, or torch schedulers.
             validation_split: share of the samples, from the end, kept for validation.
-            validation_data: `(x, y)`, `(x, y, sample_weight)`, or an iterable of batches.
+            validation_data: `(x, y)`, `(x, y, sample_weight)`, or an iterable (such as a list) of batches.
             shuffle: a new order every epoch; of arrays only.
             class_weight: by class index or name; by output, then class, where there are several. Not for validation.
             sample_weight: `[B]` or one an entry.
             mask: `[B]` or one an entry, True where it counts.
             initial_epoch: where to start counting.
-            steps_per_epoch: batches of an epoch.
+            steps_per_epoch: batches of an epoch. Each epoch starts over at the first batch: with `shuffle=False` later
+                ones are never seen. Only a generator goes on where it was.
             validation_freq: validate every so many epochs.
             run_dir: folder of the run; the ledger is written there after every epoch.
             seed: of the order of the samples; drawn from torch's generator if not given.
@@ -228,98 +220,65 @@ class Model:
         Returns:
             the history, with the ledger.
         """
-        plan = self._compiled()
-        assert self._recipe is not None
-        boundary.positive(batch_size, "batch_size")
-        boundary.positive(epochs, "epochs")
-        if class_weight is not None:
-            plan = replace(plan, objective=self._recipe.objective(class_weight))
+        boundary.check_fit(batch_size, epochs, initial_epoch, validation_freq, run_dir)
+        plan = self._compiled(class_weight)
         data = make_data(x, y, sample_weight, mask, self._dtype())
-        if run_dir is not None:
-            boundary.new_run(Path(run_dir))
-        self._shuffle = shuffle
-        data, validation = boundary.validation(data, validation_split, validation_data, self._dtype())
-        boundary.check_targets(plan, data, self._device())
-        seed = int(torch.randint(2**31, ())) if seed is None else int(seed)
-        self.ledger = ledger = Ledger(
-            "run" if run_dir is None else Path(run_dir).name, provenance(plan, seed, batch_size)
-        )
-        history: dict[str, list[float]] = {}
-        watchers = [as_callback(c) for c in callbacks or ()]
-        average = Average(plan.parameters, self._ema)
-        options = loop.TrainOptions(
-            batch_size,
-            steps_per_epoch,
-            "class",
-            self._on_nonfinite,
-            boundary.checked_at_once(data, self._device()),
-            watchers,
-            average.update if self._ema is not None else None,
-        )
-        available = data.steps(batch_size)
-        if steps_per_epoch is not None:
-            boundary.positive(steps_per_epoch, "steps_per_epoch")
-            if available is not None and steps_per_epoch > available:
-                raise InputError(
-                    f"steps_per_epoch: expected at most {available}, the batches of one pass over the data; received "
-                    f"{steps_per_epoch}. Train for more epochs instead."
-                )
-        steps = available if steps_per_epoch is None else steps_per_epoch
+        data, held = boundary.validation(data, validation_split, validation_data, self._dtype())
+        steps = boundary.steps_of(steps_per_epoch, data.steps(batch_size))
+        self._check(plan, data, held)
+        seed = boundary.seed_of(seed)
         params = {"epochs": epochs, "steps": steps, "seed": seed}
-        done: list[int] = []
-        step = 1
+        self.ledger = Ledger("run" if run_dir is None else Path(run_dir).name, provenance(plan, seed, batch_size))
+        average = Average(plan.parameters, self._ema)
+        fitting = Fitting(
+            plan=plan,
+            frozen_plan=self._compiled(),
+            metrics=self._metrics,
+            data=data,
+            validation=held,
+            validation_freq=validation_freq,
+            options=loop.TrainOptions(
+                batch_size=batch_size,
+                steps=None if steps_per_epoch is None else steps,
+                by="class",
+                on_nonfinite=self._on_nonfinite,
+                checked=boundary.checked_at_once(data, self._device()),
+                callbacks=as_callbacks(callbacks),
+                after_step=average.update if self._ema is not None else None,
+            ),
+            device=self._device(),
+            epochs=range(initial_epoch, epochs),
+            shuffled=bool(shuffle),
+            seed=seed,
+            ledger=self.ledger,
+            run_dir=run_dir,
+            stopped=lambda: self.stop_training,
+        )
+        return History(*self._run(fitting, Show(verbose, epochs), params, average), self.ledger, params)
+
+    def _check(self, plan: StepPlan, data: Data, held: Data | None) -> None:
+        boundary.check_targets(plan, data, self._device())
+        if held is not None:
+            # Class weights do not apply to validation, so its targets may hold other classes.
+            with boundary.about_validation():
+                boundary.check_targets(self._compiled(), held, self._device())
+
+    def _run(
+        self, fitting: Fitting, show: Show, params: dict[str, Any], average: Average
+    ) -> tuple[dict[str, list[float]], list[int]]:
         self.stop_training = False
-        for callback in watchers:
+        callbacks = fitting.options.callbacks
+        for callback in callbacks:
             callback.set_model(self)
+            callback.set_params({**params, "validation": fitting.validation is not None})
             callback.on_train_begin({})
         try:
-            with Show(verbose, epochs) as show:
-                for epoch in range(initial_epoch, epochs):
-                    result = self._epoch(plan, data, options, show, ledger, epoch, epochs, seed, step)
-                    step += result.steps
-                    logs = dict(result.logs)
-                    if validation is not None and (epoch + 1) % validation_freq == 0:
-                        logs |= self._validate(validation, batch_size, show, ledger, epoch + 1)
-                    for name, value in logs.items():
-                        history.setdefault(name, []).append(value)
-                    done.append(epoch)
-                    show.end(f"epoch {epoch + 1}/{epochs}", result.steps, result.seconds, logs)
-                    if run_dir is not None:
-                        ledger.save(run_dir)
-                    for callback in watchers:
-                        callback.on_epoch_end(epoch, logs)
-                    if self.stop_training:
-                        break
+            with show, training(self.net):
+                return fitting.run(show)
         finally:
             average.install()
-            for callback in watchers:
+            for callback in callbacks:
                 callback.on_train_end({})
-        return History(history, done, ledger, params)
-
-    def _epoch(
-        self,
-        plan: StepPlan,
-        data: Data,
-        options: loop.TrainOptions,
-        show: Show,
-        ledger: Ledger,
-        epoch: int,
-        epochs: int,
-        seed: int,
-        step: int,
-    ) -> loop.PassResult:
-        for callback in options.callbacks:
-            callback.on_epoch_begin(epoch, {})
-        steps = data.steps(options.batch_size) if options.steps is None else options.steps
-        show.begin(f"epoch {epoch + 1}/{epochs}", steps)
-        current = loop.Pass(plan.objective, self._metrics, self._device(), show, "")
-        order = order_of(data.length, seed, epoch) if data.length is not None and self._shuffle else None
-        result = loop.train_epoch(plan, data, order, options, current, step)
-        ledger.append(
-            posting.rows(plan.objective, result.tallies, "training", epoch + 1),
-            measure.metric_rows(plan.objective, result.metrics, "training", epoch + 1),
-        )
-        return result
 
     # --- evaluate and predict ----------------------------------------------------------------------------------
 
@@ -349,39 +308,23 @@ class Model:
         Returns:
             the loss, or a list of the loss and the other numbers, or a dict.
         """
-        boundary.positive(batch_size, "batch_size")
-        data = make_data(x, y, sample_weight, mask, self._dtype())
-        boundary.check_targets(self._compiled(), data, self._device())
-        with Show(verbose, 0) as show:
-            result = self._evaluate(data, batch_size, steps, show)
-            show.end("evaluate", result.steps, result.seconds, result.logs)
-        self.ledger = ledger = Ledger("evaluate", provenance(self._compiled(), None, batch_size))
-        self._post(result, ledger, "test", 0)
-        return result.logs if return_dict else _as_keras(result.logs)
-
-    def _evaluate(self, data: Data, batch_size: int, steps: int | None, show: Show) -> loop.PassResult:
+        boundary.whole(batch_size, "batch_size")
+        if steps is not None:
+            boundary.whole(steps, "steps")
         plan = self._compiled()
-        total = data.steps(batch_size) if steps is None else steps
-        show.begin("evaluate", total)
-        current = loop.Pass(plan.objective, self._metrics, self._device(), show, "evaluate")
-        return loop.evaluate_pass(
-            plan, data, batch_size, steps, current, boundary.checked_at_once(data, self._device())
-        )
-
-    def _validate(self, data: Data, batch_size: int, show: Show, ledger: Ledger, epoch: int) -> dict[str, float]:
-        result = self._evaluate(data, batch_size, None, show)
-        self._post(result, ledger, "validation", epoch)
-        return {f"val_{name}": value for name, value in result.logs.items()}
-
-    def _post(self, result: loop.PassResult, ledger: Ledger, split: str, epoch: int) -> None:
-        objective = self._compiled().objective
-        ledger.append(
-            posting.rows(objective, result.tallies, split, epoch),
-            measure.metric_rows(objective, result.metrics, split, epoch),
-        )
+        data = make_data(x, y, sample_weight, mask, self._dtype())
+        boundary.check_targets(plan, data, self._device())
+        with Show(verbose, 0) as show:
+            result = evaluated(plan, self._metrics, data, batch_size, steps, show, self._device())
+            show.end("evaluate", result.steps, result.seconds, result.logs)
+        self.ledger = Ledger("evaluate", provenance(plan, None, batch_size))
+        post(self.ledger, plan.objective, result, "test", 0)
+        return result.logs if return_dict else _as_keras(result.logs)
 
     def predict(self, x: Any, batch_size: int = 32, verbose: Any = 0, steps: int | None = None) -> Any:
         """What the model returns, as NumPy arrays in the structure of its outputs.
+
+        A number without a batch axis beside the outputs comes as one value a batch.
 
         Args:
             x: inputs, or an iterable of inputs or of batches `(x, y)`.
@@ -389,7 +332,9 @@ class Model:
             verbose: as in `fit`.
             steps: number of batches, if not all.
         """
-        boundary.positive(batch_size, "batch_size")
+        boundary.whole(batch_size, "batch_size")
+        if steps is not None:
+            boundary.whole(steps, "steps")
         autocast = None if self._plan is None else self._plan.autocast
         return prediction.predict(
             self.net, self._forward, x, batch_size, steps, autocast, self._device(), self._dtype()
@@ -407,18 +352,15 @@ class Model:
         return_dict: bool = False,
     ) -> Any:
         """One step on one batch; the numbers are of this batch, at the weights before the step."""
-        plan = self._compiled()
-        assert self._recipe is not None
-        if class_weight is not None:
-            plan = replace(plan, objective=self._recipe.objective(class_weight))
-        self.net.train()
+        plan = self._compiled(class_weight)
         batch = self._batch(x, y, sample_weight, mask)
-        tallies, outputs = train_step(plan, batch, None, checked=False)
+        with training(self.net):
+            done = train_step(plan, batch, None, checked=False)
         current = self._single(plan.objective)
-        current.add(batch, tallies, outputs)
-        result = current.result()
+        current.add(batch, done.tallies, done.outputs, done.bad)
         if self._on_nonfinite == "raise":
-            loop.stop_if_bad(plan, result.tallies, [(1, batch, tallies)])
+            loop.stop_if_bad(plan, current, [(1, batch, done)])
+        result = current.result()
         return result.logs if return_dict else _as_keras(result.logs)
 
     def test_on_batch(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lossledger.errors import EmptyDataError, InputTypeError, UnknownNameError
+from lossledger.errors import EmptyDataError, InputError, InputTypeError, UnknownNameError
 
 # Keras 3.15 defaults. Its epsilon is 1e-7 where torch has 1e-8.
 _NAMED: dict[str, Callable[..., Optimizer]] = {
@@ -23,46 +24,71 @@ _NAMED: dict[str, Callable[..., Optimizer]] = {
     "adadelta": lambda p, **k: torch.optim.Adadelta(p, lr=0.001, rho=0.95, eps=1e-7, **k),
 }
 _FUSED = ("sgd", "adam", "adamw", "adagrad")
+_SPARSE = ("sgd", "adagrad")
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
-def make(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Optimizer:
+def make(optimizer: Any, net: nn.Module) -> Optimizer:
     """An optimizer from its name, from a function of the parameters, or itself.
 
     Args:
         optimizer: `"adam"` and the like (Keras's defaults), a `torch.optim.Optimizer` (its own), or a callable such
             as `functools.partial(torch.optim.Adam, lr=0.1)`.
-        parameters: the trainable parameters of the model.
+        net: the module whose trainable parameters it updates.
 
     Raises:
         UnknownNameError: a name that is no optimizer.
         EmptyDataError: nothing to train.
+        InputError: an optimizer of other parameters, or one that a training step cannot drive.
         InputTypeError: something else.
     """
-    if isinstance(optimizer, Optimizer):
-        return optimizer
-    trainable = [p for p in parameters if p.requires_grad]
+    trainable = [p for p in net.parameters() if p.requires_grad]
     if not trainable:
         raise EmptyDataError(
             "optimizer: the model has no trainable parameter; expected at least one with requires_grad=True. "
             "A lazy module must see data before compile."
         )
     if isinstance(optimizer, str):
-        name = optimizer.lower()
-        if name not in _NAMED:
-            raise UnknownNameError("optimizer", optimizer, _NAMED)
-        fused = name in _FUSED and all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in trainable)
-        return _NAMED[name](trainable, **({"fused": True} if fused else {}))
-    if callable(optimizer):
+        return _named(optimizer.lower(), optimizer, trainable, net)
+    if isinstance(optimizer, Optimizer):
+        made: Any = optimizer
+    elif callable(optimizer):
         made = optimizer(trainable)
-        if isinstance(made, Optimizer):
-            return made
+    else:
+        raise InputTypeError(
+            f"optimizer: expected a name, a torch optimizer or a function of the parameters; received {optimizer!r}."
+        )
+    if not isinstance(made, Optimizer):
         raise InputTypeError(f"optimizer: the function must return a torch optimizer; received {type(made).__name__}.")
-    raise InputTypeError(
-        f"optimizer: expected a name, a torch optimizer or a function of the parameters; received {optimizer!r}."
-    )
+    _check(made, trainable)
+    return made
 
 
-def takes_found_inf(optimizer: Optimizer) -> bool:
-    """Whether the kernel itself can leave a step out when a flag on the device says so."""
-    return all(group.get("fused") for group in optimizer.param_groups)
+def _named(name: str, given: str, trainable: list[nn.Parameter], net: nn.Module) -> Optimizer:
+    if name not in _NAMED:
+        raise UnknownNameError("optimizer", given, _NAMED)
+    # A module says by this attribute that its gradients are sparse, which no fused kernel takes.
+    sparse = any(getattr(module, "sparse", False) is True for module in net.modules())
+    if sparse and name not in _SPARSE:
+        raise InputError(
+            f"optimizer: {given!r} takes no sparse gradients, which a module of the model makes (sparse=True); "
+            f"expected one of {list(_SPARSE)}, or an optimizer of your own. Or make that module with sparse=False."
+        )
+    floating = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in trainable)
+    return _NAMED[name](trainable, **({"fused": True} if name in _FUSED and floating and not sparse else {}))
+
+
+def _check(optimizer: Optimizer, trainable: list[nn.Parameter]) -> None:
+    """The optimizer updates this model, and one call of `step` is all that it needs."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in trainable):
+        raise InputError(
+            f"optimizer: expected the parameters of this model, received a {type(optimizer).__name__} that holds none "
+            "of the trainable ones. Make it from net.parameters() of the same module, after moving or replacing parts."
+        )
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise InputError(
+            f"optimizer: {type(optimizer).__name__} needs a closure, since it calculates the loss several times in one "
+            "step; expected an optimizer that takes the gradients of one pass, such as 'adam'."
+        )

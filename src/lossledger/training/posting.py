@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,46 +14,54 @@ from lossledger.tally import Tally
 
 def rows(objective: Objective, tallies: dict[str, Tally], split: str, epoch: int, step: int | None = None) -> list[Row]:
     """The ledger rows of an epoch or step: one for each term, and one for each of its groups."""
-    found = []
-    for name, tally in tallies.items():
-        coefficient, role = objective.coefficient(name), objective.role(name)
-        divisor = np.atleast_1d(np.asarray(tally.divisor + tally.offset, dtype=float))
+    return [row for name, tally in tallies.items() for row in _term_rows(objective, name, tally, split, epoch, step)]
 
-        def row(kind: str, group: str, presence: str, sums: Sequence[float], own: float, share: float) -> Row:
-            return Row(
-                split=split,
-                epoch=epoch,
-                step=step,
-                term=name,  # noqa: B023  called before the loop goes on
-                role=role,  # noqa: B023
-                form=tally.form,  # noqa: B023
-                kind=kind,
-                group=group,
-                presence=presence,
-                total=float(sums[0]),
-                count=int(sums[1]),
-                weight=float(sums[2]),
-                coefficient=coefficient,  # noqa: B023
-                divisor=own,
-                contribution=coefficient * float(share),  # noqa: B023
-                nonfinite=int(tally.nonfinite) if kind == "term" else 0,  # noqa: B023
-            )
 
-        total = float(np.sum(tally.numerator))
+def _term_rows(
+    objective: Objective, name: str, tally: Tally, split: str, epoch: int, step: int | None
+) -> Iterator[Row]:
+    coefficient = objective.coefficient(name)
+    divisor = np.atleast_1d(np.asarray(tally.divisor + tally.offset, dtype=float))
+    whole = Row(
+        split=split,
+        epoch=epoch,
+        step=step,
+        term=name,
+        role=objective.role(name),
+        form=tally.form,
+        kind="term",
+        group="",
+        presence="",
+        total=float(np.sum(tally.numerator)),
+        count=int(tally.count),
         # A ratio's own statistic on the weight's side is its divisor, so that total / weight is its loss.
-        weight = float(np.sum(tally.divisor)) if tally.form == "ratio" else float(tally.weight)
-        found.append(row("term", "", "", (total, tally.count, weight), float(divisor.sum()), tally.value))
-        groups = tally.groups
-        if groups is None:
-            continue
-        shares = tally.contributions()
-        cells = groups.cell or (0,) * len(groups)
-        classes = len({group for group, _ in groups.keys}) if groups.keys is not None else len(groups)
-        for index, (group, presence) in enumerate(groups.keys or [(i, "") for i in range(len(groups))]):
-            sums = (groups.total[index], groups.count[index], groups.weight[index])
-            label = objective.group_name(group, classes)
-            found.append(row(groups.kind, label, presence, sums, float(divisor[cells[index]]), shares[index]))
-    return found
+        weight=float(np.sum(tally.divisor)) if tally.form == "ratio" else float(tally.weight),
+        coefficient=coefficient,
+        divisor=float(divisor.sum()),
+        contribution=coefficient * float(tally.value),
+        nonfinite=int(tally.nonfinite),
+    )
+    yield whole
+    groups = tally.groups
+    if groups is None:
+        return
+    keys = groups.keys if groups.keys is not None else tuple((i, "") for i in range(len(groups)))
+    classes = len({group for group, _ in keys})
+    shares = tally.contributions()
+    cells = groups.cell or (0,) * len(groups)
+    for index, (group, presence) in enumerate(keys):
+        yield replace(
+            whole,
+            kind=groups.kind,
+            group=objective.group_name(group, classes),
+            presence=presence,
+            total=float(groups.total[index]),
+            count=int(groups.count[index]),
+            weight=float(groups.weight[index]),
+            divisor=float(divisor[cells[index]]),
+            contribution=coefficient * float(shares[index]),
+            nonfinite=0,
+        )
 
 
 def logs(objective: Objective, tallies: dict[str, Tally]) -> dict[str, float]:
@@ -61,7 +70,7 @@ def logs(objective: Objective, tallies: dict[str, Tally]) -> dict[str, float]:
     Terms of one output are `<term>_loss`; with several outputs an output is `<output>_loss`. Regularizers and
     auxiliary losses keep their names. Values are without λ, except in `loss`.
     """
-    values = {name: float(tally.value) for name, tally in tallies.items()}
+    values = {name: _value(tally) for name, tally in tallies.items()}
     total = 0.0
     for name, value in values.items():
         total += objective.coefficient(name) * value
@@ -72,8 +81,19 @@ def logs(objective: Objective, tallies: dict[str, Tally]) -> dict[str, float]:
             parts = [t for t in objective.terms if t.output == output]
             found[f"{output}_loss"] = sum(t.part_weight * values[t.name] for t in parts)
             if len(parts) > 1:
-                found |= {f"{t.name}_loss": values[t.name] for t in parts}
+                found |= {loss_key(t.name): values[t.name] for t in parts}
     elif len(objective.terms) > 1:
-        found |= {f"{t.name}_loss": values[t.name] for t in objective.terms}
+        found |= {loss_key(t.name): values[t.name] for t in objective.terms}
     found |= {name: value for name, value in values.items() if objective.role(name) != "data"}
     return found
+
+
+def loss_key(name: str) -> str:
+    """The key of a term in History: with `_loss` at its end, once."""
+    return name if name.endswith("_loss") else f"{name}_loss"
+
+
+def _value(tally: Tally) -> float:
+    """The value of an epoch; not a number when every step of it was left out as not finite."""
+    left_out = tally.count == 0 and tally.nonfinite > 0
+    return float("nan") if left_out else float(tally.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from lossledger.errors import EmptyDataError, InputTypeError
 from lossledger.objective import Outputs
-from lossledger.training.data import Batch, array_data, is_arrays, map_structure, to_device
+from lossledger.training.data import Batch, array_data, check_kind, is_arrays, map_structure, rebuilt, to_device
+from lossledger.training.modes import evaluating
 from lossledger.training.step import Forward, run_forward
 
 
@@ -29,25 +31,19 @@ def predict(
 
     Raises:
         EmptyDataError: the data gave no batch.
-        InputTypeError: the module returned something else than tensors.
+        InputTypeError: data that cannot be read, or the module returned something else than tensors.
     """
+    check_kind(x)
     if is_arrays(x):
         inputs = (b.x for b in array_data(x, dtype=dtype).batches(batch_size, None))
     else:
-        inputs = (item.x if isinstance(item, Batch) else _first(item, dtype) for item in x)
+        inputs = (_inputs(item, dtype, position) for position, item in enumerate(x))
     found = []
-    was_training = net.training
-    net.eval()
-    try:
-        with torch.inference_mode():
-            for index, one in enumerate(inputs):
-                if steps is not None and index >= steps:
-                    break
-                outputs = run_forward(forward, to_device(Batch(one), device).x, autocast, device.type)
-                outputs = outputs.outputs if isinstance(outputs, Outputs) else outputs
-                found.append(map_structure(_to_numpy, outputs))
-    finally:
-        net.train(was_training)
+    with evaluating(net), torch.inference_mode():
+        for one in itertools.islice(inputs, steps):
+            outputs = run_forward(forward, to_device(Batch(one), device).x, autocast, device.type)
+            outputs = outputs.outputs if isinstance(outputs, Outputs) else outputs
+            found.append(map_structure(_to_numpy, outputs))
     if not found:
         raise EmptyDataError("predict: the data gave no batch; expected at least one.")
     return _concatenate(found)
@@ -61,14 +57,20 @@ def _to_numpy(tensor: Any) -> np.ndarray[Any, Any]:
 
 def _concatenate(found: list[Any]) -> Any:
     first = found[0]
+    if first is None:
+        return None
     if isinstance(first, Mapping):
         return {key: _concatenate([part[key] for part in found]) for key in first}
     if isinstance(first, list | tuple):
-        return type(first)(_concatenate([part[i] for part in found]) for i in range(len(first)))
-    return np.concatenate(found)
+        return rebuilt(first, [_concatenate([part[i] for part in found]) for i in range(len(first))])
+    # A number beside the outputs has no samples to join: one for each batch.
+    return np.concatenate(found) if first.ndim else np.stack(found)
 
 
-def _first(item: Any, dtype: torch.dtype) -> Any:
-    """The inputs of a batch: alone, or the first of `(x, y)`."""
-    x = item[0] if isinstance(item, list | tuple) and 2 <= len(item) <= 3 else item
-    return array_data(x, dtype=dtype).x
+def _inputs(item: Any, dtype: torch.dtype, position: int) -> Any:
+    """The inputs of a batch: alone, as a loader without targets gives them (`[x]`), or the first of `(x, y)`."""
+    if isinstance(item, Batch):
+        x = item.x
+    else:
+        x = item[0] if isinstance(item, list | tuple) and 1 <= len(item) <= 3 else item
+    return array_data(x, dtype=dtype, position=position).x

@@ -40,13 +40,15 @@ class Running:
             values = _slots(tally)
             if name not in self._patterns:
                 self._patterns[name] = tally
-                self._sums[name] = [self._copy(v) if isinstance(v, Tensor) else v for v in values]
+                self._sums[name] = [
+                    self._copy(v, slot) if isinstance(v, Tensor) else v for slot, v in enumerate(values)
+                ]
             else:
                 self._accumulate(self._sums[name], values)
 
-    def _copy(self, value: Tensor) -> Tensor:
-        # Sums of many batches need float64, and counts int64.
-        wide = torch.float64 if value.is_floating_point() else torch.int64
+    def _copy(self, value: Tensor, slot: int) -> Tensor:
+        # Sums of many batches need float64, and counts int64; what counts in this batch may weigh in the next.
+        wide = torch.int64 if slot in _COUNTS else torch.float64
         return value.detach().to(self._device, wide, copy=True)
 
     def _accumulate(self, sums: list[Tensor | int | float], values: list[Tensor | int | float]) -> None:
@@ -57,7 +59,7 @@ class Running:
                 targets.append(known)
                 addends.append(value.detach())
             elif isinstance(value, Tensor):
-                sums[slot] = self._copy(value) + known
+                sums[slot] = self._copy(value, slot) + known
             else:
                 sums[slot] = known + value
         torch._foreach_add_(targets, addends)
@@ -79,6 +81,10 @@ class Running:
                 start += value.numel()
             found[name] = _rebuild(self._patterns[name], values)
         return found
+
+
+# Positions of the counts among the slots: count, nonfinite, and the counts of the groups.
+_COUNTS = (2, 4, 7)
 
 
 def _slots(tally: Tally) -> list[Tensor | int | float]:

@@ -1,8 +1,4 @@
-"""One optimizer step: forward, tallies and gradients in closed form, backward, gate, update. No host read.
-
-The gate: when an element of the loss is NaN or infinite, the update must not reach the weights. The flag stays on
-the device. A fused optimizer leaves the step out by itself; for the others the gradients become zero.
-"""
+"""One optimizer step: forward, tallies and gradients in closed form, backward, gate, update. No host read."""
 
 from __future__ import annotations
 
@@ -16,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lossledger.errors import InputError
 from lossledger.objective import Objective, Outputs, collecting
 from lossledger.tally import Tally
 from lossledger.training.data import Batch
-from lossledger.training.optimizers import takes_found_inf
+from lossledger.training.gate import Gate, bad_elements, bad_gradient
 
 Forward = Callable[[Any], Any]
 
@@ -36,7 +33,7 @@ class StepPlan:
         parameters: the trainable parameters.
         autocast: dtype of the forward pass, or `None`.
         clip_norm: largest norm of the gradient, or `None`.
-        gated: leave out updates from a non-finite loss.
+        gate: leaves out updates that are not finite; `None` lets them through.
     """
 
     net: nn.Module
@@ -46,7 +43,7 @@ class StepPlan:
     parameters: tuple[nn.Parameter, ...]
     autocast: torch.dtype | None
     clip_norm: float | None
-    gated: bool
+    gate: Gate | None
 
 
 def calling(net: nn.Module) -> Forward:
@@ -60,7 +57,7 @@ def calling(net: nn.Module) -> Forward:
     def forward(x: Any) -> Any:
         if isinstance(x, Mapping) and (any_keyword or names >= set(x)):
             return net(**x)
-        if isinstance(x, list | tuple) and (any_position or len(positional) >= len(x) > 1):
+        if isinstance(x, list | tuple) and (any_position or len(positional) >= len(x) > 0):
             return net(*x)
         return net(x)
 
@@ -79,7 +76,22 @@ def run_forward(plan_forward: Forward, x: Any, autocast: torch.dtype | None, dev
     return Outputs(outputs, added)
 
 
-def train_step(plan: StepPlan, batch: Batch, by: str | None, checked: bool = True) -> tuple[dict[str, Tally], Any]:
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """What a step leaves, on the device.
+
+    Args:
+        tallies: by term, detached.
+        outputs: what the model returned.
+        bad: whether the step was left out because loss or gradient were not finite; `None` when steps are not gated.
+    """
+
+    tallies: dict[str, Tally]
+    outputs: Any
+    bad: Tensor | None
+
+
+def train_step(plan: StepPlan, batch: Batch, by: str | None, checked: bool = True) -> StepResult:
     """Update the parameters with one batch; the batch is the window.
 
     Args:
@@ -88,10 +100,12 @@ def train_step(plan: StepPlan, batch: Batch, by: str | None, checked: bool = Tru
         by: groups of the tallies.
         checked: the values of the targets have been checked at the data boundary.
 
-    Returns:
-        the tallies by term, detached and on the device, and what the model returned.
+    Raises:
+        InputError: nothing of the loss depends on a trainable parameter.
     """
     objective = plan.objective
+    if plan.gate is not None:
+        plan.gate.before_forward()
     outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.parameters[0].device.type)
     result = objective.backprop(batch.y, outputs, batch.sample_weight, batch.mask, by, checked)
     tallies, roots, gradients = result.tallies, result.roots, result.gradients
@@ -99,32 +113,26 @@ def train_step(plan: StepPlan, batch: Batch, by: str | None, checked: bool = Tru
         roots.append(tally.numerator)
         gradients.append(torch.ones_like(tally.numerator))
         tallies[name] = Tally(tally.numerator.detach(), 1, 1, 1, nonfinite=tally.nonfinite)
+    if not roots:
+        raise InputError(
+            "The loss does not depend on any trainable parameter: expected outputs that require a gradient, received "
+            "detached ones. Look for .detach(), torch.no_grad() or NumPy in the model's forward."
+        )
     torch.autograd.backward(roots, gradients)
-    if plan.clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(plan.parameters, plan.clip_norm)
-    if plan.gated:
-        _gate(plan, tallies)
-    plan.optimizer.step()
+    bad = _update(plan, tallies)
     plan.optimizer.zero_grad(set_to_none=True)
-    return tallies, outputs
+    return StepResult(tallies, outputs, bad)
 
 
-def bad_elements(tallies: dict[str, Tally]) -> Tensor:
-    """Number of non-finite elements in all terms, on the device."""
-    found = [tally.nonfinite for tally in tallies.values()]
-    total = found[0]
-    for other in found[1:]:
-        total = total + other
-    return torch.as_tensor(total)
-
-
-def _gate(plan: StepPlan, tallies: dict[str, Tally]) -> None:
-    bad = bad_elements(tallies) > 0
-    if takes_found_inf(plan.optimizer):
-        # The hook of torch's gradient scaler: fused kernels read it on the device and keep parameters and state.
-        plan.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
-        plan.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        return
-    for parameter in plan.parameters:
-        if parameter.grad is not None:
-            parameter.grad = torch.where(bad, torch.zeros((), device=bad.device, dtype=parameter.dtype), parameter.grad)
+def _update(plan: StepPlan, tallies: dict[str, Tally]) -> Tensor | None:
+    """Clip, gate, step."""
+    norm = None
+    if plan.clip_norm is not None:
+        norm = torch.nn.utils.clip_grad_norm_(plan.parameters, plan.clip_norm)
+    if plan.gate is None:
+        plan.optimizer.step()
+        return None
+    wrong = bad_gradient(plan.parameters) if norm is None else ~torch.isfinite(norm)
+    bad = (bad_elements(tallies) > 0) | wrong
+    plan.gate.step(bad)
+    return bad

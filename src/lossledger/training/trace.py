@@ -30,7 +30,13 @@ def nonfinite_error(
     """
     bad = {name: int(t.nonfinite) for name, t in tallies.items() if int(t.nonfinite) > 0}
     terms = ", ".join(f"{name!r} ({count:,} {'element' if count == 1 else 'elements'})" for name, count in bad.items())
-    message = f"step {step}: the loss is not finite; expected finite elements, received NaN or infinity in {terms}."
+    if bad:
+        message = f"step {step}: the loss is not finite; expected finite elements, received NaN or infinity in {terms}."
+    else:
+        message = (
+            f"step {step}: the loss is finite but its gradient is not; expected finite gradients of all parameters. "
+            "A root or a logarithm at 0 does this."
+        )
     if batch is not None:
         if outputs is not None:
             try:

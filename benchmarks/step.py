@@ -1,0 +1,142 @@
+"""What does a training step cost with the ledger by class on, against the same loop written by hand in plain torch?
+
+Contenders run in one process, in turn, several times; the table shows medians and the ratio pair by pair. The raw loop
+is tuned: one permutation an epoch, index_select, fused Adam, no host read.
+
+    python benchmarks/step.py [--repeats 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import lossledger as ll
+from lossledger.demo.scenes import make_scenes
+from lossledger.demo.unet import UNet
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def raw_loop(net, x, y, loss, batch_size, epochs):
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+    net.train()
+
+    def run() -> None:
+        for _ in range(epochs):
+            order = torch.randperm(len(x))
+            for start in range(0, len(x), batch_size):
+                ids = order[start : start + batch_size]
+                value = loss(net(x.index_select(0, ids)), y.index_select(0, ids))
+                value.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def our_loop(net, x, y, loss, batch_size, epochs):
+    model = ll.Model(net)
+    model.compile(lambda p: torch.optim.Adam(p, lr=1e-3, fused=True), loss)
+
+    def run() -> None:
+        model.fit(x, y, batch_size=batch_size, epochs=epochs, verbose=0)
+
+    return run
+
+
+def workloads() -> dict[str, tuple[int, Callable[[], dict[str, Callable[[], None]]]]]:
+    """Steps of a run, and the contenders."""
+
+    def dense() -> dict[str, Callable[[], None]]:
+        x = torch.rand(32 * 200, 3)
+        y = 10 * x + 2.5
+        return {
+            "raw torch": raw_loop(torch.nn.Linear(3, 3), x, y, F.mse_loss, 32, 2),
+            "lossledger, ledger by class": our_loop(torch.nn.Linear(3, 3), x, y, "mse", 32, 2),
+        }
+
+    def unet() -> dict[str, Callable[[], None]]:
+        scenes = make_scenes(16 * 12, 64)
+        x, y = torch.from_numpy(scenes.images), torch.from_numpy(scenes.masks)
+        bce = ll.losses.BinaryCrossentropy(from_logits=True)
+        return {
+            "raw torch": raw_loop(UNet(), x, y, F.binary_cross_entropy_with_logits, 16, 1),
+            "lossledger, ledger by class": our_loop(UNet(), x, y, bce, 16, 1),
+        }
+
+    return {"dense 32 × 3 → 3, mse": (400, dense), "U-Net 16 × 64 × 64, binary cross-entropy": (12, unet)}
+
+
+def measure(repeats: int) -> list[dict[str, object]]:
+    rows = []
+    for name, (steps, make) in workloads().items():
+        contenders = make()
+        for run in contenders.values():
+            run()
+        times: dict[str, list[float]] = {contender: [] for contender in contenders}
+        for _ in range(repeats):
+            for contender, run in contenders.items():
+                began = time.perf_counter()
+                run()
+                times[contender].append((time.perf_counter() - began) / steps)
+        reference = times["raw torch"]
+        for contender, values in times.items():
+            ratios = [a / b for a, b in zip(values, reference, strict=True)]
+            rows.append(
+                {
+                    "workload": name,
+                    "contender": contender,
+                    "median_ms": statistics.median(values) * 1e3,
+                    "ratio": statistics.median(ratios),
+                    "ratio_low": min(ratios),
+                    "ratio_high": max(ratios),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    repeats = parser.parse_args().repeats
+    torch.manual_seed(0)
+    rows = measure(repeats)
+    about = {
+        "torch": str(torch.__version__),
+        "lossledger": ll.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "repeats": repeats,
+    }
+    lines = [
+        "# Cost of a step",
+        "",
+        "Made by `make bench`. " + ", ".join(f"{k} {v}" for k, v in about.items()) + ".",
+        "",
+        "| workload | contender | ms a step (median) | ratio (median) | lowest to highest |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['workload']} | {row['contender']} | {row['median_ms']:.3f} | {row['ratio']:.2f} "
+            f"| {row['ratio_low']:.2f} to {row['ratio_high']:.2f} |"
+        )
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "step.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "step.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""One call of `fit`: its epochs, with their validation, callbacks and ledger rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lossledger.ledger import Ledger
+from lossledger.objective import Objective
+from lossledger.training import boundary, loop, measure, posting
+from lossledger.training.data import Data, order_of
+from lossledger.training.measure import MetricPlan
+from lossledger.training.progress import Show
+from lossledger.training.step import StepPlan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitting:
+    """What the epochs of one call of `fit` share, already checked.
+
+    Args:
+        plan: of a training step.
+        frozen_plan: of a validation: without class weights.
+        metrics: the metrics.
+        data: to train on.
+        validation: to validate on, if any.
+        validation_freq: validate every so many epochs.
+        options: of an epoch.
+        device: of the model.
+        epochs: the epochs, from 0.
+        shuffled: a new order of the samples every epoch, of arrays only.
+        seed: of that order.
+        ledger: takes the rows.
+        run_dir: where the ledger is written after every epoch, if anywhere.
+        stopped: whether a callback ended the training.
+    """
+
+    plan: StepPlan
+    frozen_plan: StepPlan
+    metrics: tuple[MetricPlan, ...]
+    data: Data
+    validation: Data | None
+    validation_freq: int
+    options: loop.TrainOptions
+    device: torch.device
+    epochs: range
+    shuffled: bool
+    seed: int
+    ledger: Ledger
+    run_dir: str | Path | None
+    stopped: Callable[[], bool]
+
+    def run(self, show: Show) -> tuple[dict[str, list[float]], list[int]]:
+        """All epochs: the numbers by name, and the epochs that ran."""
+        history: dict[str, list[float]] = {}
+        done: list[int] = []
+        step = 1
+        for epoch in self.epochs:
+            result = self._train(epoch, step, show)
+            step += result.steps
+            logs = dict(result.logs)
+            if self.validation is not None and (epoch + 1) % self.validation_freq == 0:
+                logs |= self._validate(self.validation, epoch, show)
+            for name, value in logs.items():
+                history.setdefault(name, []).append(value)
+            done.append(epoch)
+            show.end(self._title(epoch), result.steps, result.seconds, logs)
+            if self.run_dir is not None:
+                self.ledger.save(self.run_dir)
+            for callback in self.options.callbacks:
+                callback.on_epoch_end(epoch, logs)
+            if self.stopped():
+                break
+        return history, done
+
+    def _title(self, epoch: int) -> str:
+        return f"epoch {epoch + 1}/{self.epochs.stop}"
+
+    def _train(self, epoch: int, step: int, show: Show) -> loop.PassResult:
+        for callback in self.options.callbacks:
+            callback.on_epoch_begin(epoch, {})
+        steps = self.data.steps(self.options.batch_size) if self.options.steps is None else self.options.steps
+        show.begin(self._title(epoch), steps)
+        current = loop.Pass(self.plan.objective, self.metrics, self.device, show, "")
+        length = self.data.length
+        order = order_of(length, self.seed, epoch) if length is not None and self.shuffled else None
+        result = loop.train_epoch(self.plan, self.data, order, self.options, current, step)
+        post(self.ledger, self.plan.objective, result, "training", epoch + 1)
+        return result
+
+    def _validate(self, data: Data, epoch: int, show: Show) -> dict[str, float]:
+        with boundary.about_validation():
+            result = evaluated(self.frozen_plan, self.metrics, data, self.options.batch_size, None, show, self.device)
+        post(self.ledger, self.frozen_plan.objective, result, "validation", epoch + 1)
+        return {f"val_{name}": value for name, value in result.logs.items()}
+
+
+def evaluated(
+    plan: StepPlan,
+    metrics: tuple[MetricPlan, ...],
+    data: Data,
+    batch_size: int,
+    steps: int | None,
+    show: Show,
+    device: torch.device,
+) -> loop.PassResult:
+    """One pass over data while the weights stand still."""
+    show.begin("evaluate", data.steps(batch_size) if steps is None else steps)
+    current = loop.Pass(plan.objective, metrics, device, show, "evaluate")
+    return loop.evaluate_pass(plan, data, batch_size, steps, current, boundary.checked_at_once(data, device))
+
+
+def post(ledger: Ledger, objective: Objective, result: loop.PassResult, split: str, epoch: int) -> None:
+    """The rows of a pass, written to the ledger."""
+    ledger.append(
+        posting.rows(objective, result.tallies, split, epoch),
+        measure.metric_rows(objective, result.metrics, split, epoch),
+    )

@@ -1,0 +1,102 @@
+"""The gate: an update that is not finite reaches neither weights nor optimizer nor buffers.
+
+The flag stays on the device. Fused kernels leave a step out by themselves when a flag says so (the hook of torch's
+gradient scaler). Other optimizers run, and what they changed is put back where the flag is set: exact, at the price of
+a copy of weights and state for each step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lossledger.tally import Tally
+
+_HAVE_FUSED_KERNELS = (SGD, Adam, AdamW)
+
+
+class Gate:
+    """Guards the steps of one optimizer.
+
+    Args:
+        net: whose buffers (running statistics) are guarded.
+        optimizer: if it is one of torch's with a fused kernel and nobody chose otherwise, it is switched to it.
+        parameters: the trainable parameters.
+    """
+
+    def __init__(self, net: nn.Module, optimizer: Optimizer, parameters: tuple[nn.Parameter, ...]) -> None:
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._buffers = [b for b in net.buffers() if b.is_floating_point()]
+        self._kept: list[Tensor] = []
+        prefer_fused(net, optimizer)
+        self._fused = all(group.get("fused") for group in optimizer.param_groups)
+
+    def before_forward(self) -> None:
+        """Keep the buffers as they are."""
+        self._kept = [b.detach().clone() for b in self._buffers]
+
+    def step(self, bad: Tensor) -> None:
+        """Step the optimizer, except where `bad`, a bool on the device, is set."""
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(torch.where(bad, kept, buffer))
+        if not self._fused:
+            self._step_and_restore(bad)
+            return
+        self._optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+        self._optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self._optimizer.step()
+        # Left behind, the flag would silence the caller's own later steps.
+        del self._optimizer.found_inf, self._optimizer.grad_scale  # type: ignore[attr-defined]
+
+    def _step_and_restore(self, bad: Tensor) -> None:
+        before = [t.detach().clone() for t in self._changing()]
+        for parameter in self._parameters:
+            # State that this very step makes has nothing to go back to: it must at least be finite.
+            if parameter.grad is not None and not parameter.grad.is_sparse:
+                parameter.grad = torch.where(bad, torch.zeros_like(parameter.grad), parameter.grad)
+        self._optimizer.step()
+        with torch.no_grad():
+            for now, kept in zip(self._changing(), before, strict=False):
+                now.copy_(torch.where(bad.to(now.device), kept, now))
+
+    def _changing(self) -> list[Tensor]:
+        """Parameters, then the tensors of the optimizer's state, in an order that only grows."""
+        found: list[Tensor] = list(self._parameters)
+        for parameter in self._parameters:
+            state = self._optimizer.state.get(parameter, {})
+            found += [value for value in state.values() if isinstance(value, Tensor)]
+        return found
+
+
+def prefer_fused(net: nn.Module, optimizer: Optimizer) -> None:
+    """Run a plain optimizer of torch by its fused kernel: the same update, faster, and it can be gated."""
+    sparse = any(getattr(module, "sparse", False) for module in net.modules())
+    if type(optimizer) not in _HAVE_FUSED_KERNELS or optimizer.state or sparse:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fits = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    chosen = any(
+        group.get(name) for group in optimizer.param_groups for name in ("foreach", "capturable", "differentiable")
+    )
+    undecided = all(group.get("fused") is None for group in optimizer.param_groups)
+    if fits and undecided and not chosen:
+        for group in optimizer.param_groups:
+            group["fused"] = True
+
+
+def bad_elements(tallies: dict[str, Tally]) -> Tensor:
+    """Number of non-finite elements in all terms, on the device."""
+    found = [torch.as_tensor(tally.nonfinite) for tally in tallies.values()]
+    total = found[0]
+    for other in found[1:]:
+        total = total + other
+    return total
+
+
+def bad_gradient(parameters: tuple[nn.Parameter, ...]) -> Tensor:
+    """Whether any gradient is not finite, on the device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
+    return ~torch.isfinite(torch.stack(norms).sum())
