@@ -247,9 +247,9 @@ class Loss:
             if leaf is not None:
                 if not tally.numerator.requires_grad:
                     raise InputError(
-                        f"{batch.where}: the loss does not depend on y_pred through differentiable operations; expected "
-                        "values with a gradient, received values without. Look for comparisons, rounding, .detach() or "
-                        "NumPy in it."
+                        f"{batch.where}: the loss does not depend on y_pred through differentiable operations; "
+                        "expected values with a gradient, received values without. Look for comparisons, rounding, "
+                        ".detach() or NumPy in it."
                     )
                 (gradient,) = torch.autograd.grad(tally.numerator * scale, leaf)
                 return replace(tally, numerator=tally.numerator.detach()), gradient
