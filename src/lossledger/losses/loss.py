@@ -25,7 +25,7 @@ from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Tally
-from lossledger.weighting import ClassWeight, Weighting, align, as_tensor, class_vector, weighting
+from lossledger.weighting import ClassWeight, Weighting, align, as_tensor, class_vector, not_finite, weighting
 
 By = str | Tensor | None
 """How a tally divides: `None`, `"class"`, `"label"`, `"sample"`, `"column"`, or integer group ids."""
@@ -495,5 +495,4 @@ def reciprocal(divisor: Any, dtype: torch.dtype) -> Any:
 
 def _nonfinite(elements: Tensor, total: Tensor) -> Tensor:
     """Number of elements that are NaN or infinite; at least 1 where finite elements overflow in their sum."""
-    bad = elements.numel() - torch.isfinite(elements).sum()
-    return torch.maximum(bad, (~torch.isfinite(total)).to(bad.dtype))
+    return torch.maximum(not_finite(elements).sum(), not_finite(total))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lossledger.tally import Tally
+from lossledger.weighting import not_finite
 
 _HAVE_FUSED_KERNELS = (SGD, Adam, AdamW)
 
@@ -99,4 +100,4 @@ def bad_gradient(parameters: tuple[nn.Parameter, ...]) -> Tensor:
     """Whether any gradient is not finite, on the device."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
-    return ~torch.isfinite(torch.stack(norms).sum())
+    return not_finite(torch.stack(norms).sum())

@@ -17,6 +17,7 @@ from lossledger.objective import Objective, Outputs, collecting
 from lossledger.tally import Tally
 from lossledger.training.data import Batch
 from lossledger.training.gate import Gate, bad_elements, bad_gradient
+from lossledger.weighting import not_finite
 
 Forward = Callable[[Any], Any]
 
@@ -132,7 +133,7 @@ def _update(plan: StepPlan, tallies: dict[str, Tally]) -> Tensor | None:
     if plan.gate is None:
         plan.optimizer.step()
         return None
-    wrong = bad_gradient(plan.parameters) if norm is None else ~torch.isfinite(norm)
+    wrong = bad_gradient(plan.parameters) if norm is None else not_finite(norm)
     bad = (bad_elements(tallies) > 0) | wrong
     plan.gate.step(bad)
     return bad
