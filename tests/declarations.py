@@ -69,6 +69,30 @@ def regression(rng, entries):
     return rng.normal(0, 1, (*entries, COLUMNS)), rng.normal(0, 2, (*entries, COLUMNS))
 
 
+def signed(rng, entries):
+    """Targets away from 0, on both sides."""
+    return rng.choice([-1.0, 1.0], (*entries, COLUMNS)) * rng.uniform(0.5, 2, (*entries, COLUMNS)), rng.normal(
+        0, 2, (*entries, COLUMNS)
+    )
+
+
+def positive(rng, entries):
+    return rng.uniform(0.1, 3, (*entries, COLUMNS)), rng.uniform(0.1, 3, (*entries, COLUMNS))
+
+
+def counts(rng, entries):
+    return rng.poisson(2, (*entries, COLUMNS)).astype(float), rng.uniform(0.2, 4, (*entries, COLUMNS))
+
+
+def distributions(rng, entries):
+    return tuple(oracles.softmax(rng.normal(0, 1, (*entries, COLUMNS))) for _ in range(2))
+
+
+def sides(rng, entries):
+    """Labels −1 and 1."""
+    return rng.choice([-1.0, 1.0], (*entries, COLUMNS)), rng.normal(0, 1, (*entries, COLUMNS))
+
+
 def pick(values, labels):
     return np.take_along_axis(values, labels[..., None], -1)
 
@@ -167,6 +191,60 @@ ROWS = [
         lambda **k: L.Huber(delta=0.7, **k),
         regression,
         lambda y, p: np.where(np.abs(y - p) <= 0.7, 0.5 * (y - p) ** 2, 0.7 * np.abs(y - p) - 0.5 * 0.49),
+    ),
+    Declaration(
+        "mape",
+        lambda **k: L.MeanAbsolutePercentageError(**k),
+        signed,
+        lambda y, p: 100 * np.abs(y - p) / np.abs(y),
+    ),
+    Declaration(
+        "msle",
+        lambda **k: L.MeanSquaredLogarithmicError(**k),
+        positive,
+        lambda y, p: np.log((1 + p) / (1 + y)) ** 2,
+    ),
+    Declaration("log-cosh", lambda **k: L.LogCosh(**k), regression, lambda y, p: np.log(np.cosh(p - y))),
+    Declaration("poisson", lambda **k: L.Poisson(**k), counts, lambda y, p: p - y * np.log(p + oracles.EPSILON)),
+    Declaration(
+        "cosine",
+        lambda **k: L.CosineSimilarity(**k),
+        regression,
+        oracles.minus_cosine,
+        closed=False,
+        kinds=("sample",),
+    ),
+    Declaration(
+        "hinge-zero-one", lambda **k: L.Hinge(**k), binary_logits, lambda y, p: np.maximum(1 - (2 * y - 1) * p, 0)
+    ),
+    Declaration("hinge-signs", lambda **k: L.Hinge(**k), sides, lambda y, p: np.maximum(1 - y * p, 0)),
+    Declaration(
+        "squared-hinge",
+        lambda **k: L.SquaredHinge(**k),
+        binary_logits,
+        lambda y, p: np.maximum(1 - (2 * y - 1) * p, 0) ** 2,
+    ),
+    Declaration(
+        "categorical-hinge",
+        lambda **k: L.CategoricalHinge(**k),
+        categorical_logits,
+        oracles.categorical_hinge,
+        closed=False,
+        kinds=("class", "label", "sample"),
+    ),
+    Declaration(
+        "kl-divergence",
+        lambda **k: L.KLDivergence(**k),
+        distributions,
+        lambda y, p: (y * np.log(y / p)).sum(-1, keepdims=True),
+        kinds=("class", "label", "sample"),
+    ),
+    Declaration(
+        "generalized-crossentropy-sparse",
+        lambda **k: L.CategoricalGeneralizedCrossEntropy(q=0.7, **k),
+        sparse_probabilities,
+        lambda y, p: (1 - pick(p, y) ** 0.7) / 0.7,
+        kinds=("class", "label", "sample"),
     ),
     Declaration(
         "custom-class",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 EPSILON = 1e-7
@@ -27,6 +29,55 @@ def bce_logits(y, z):
 
 def normalised(p):
     return np.clip(p / p.sum(-1, keepdims=True), EPSILON, 1 - EPSILON)
+
+
+def minus_cosine(y, p):
+    """Entry by entry, from the definition of the angle."""
+    entries = np.empty((*y.shape[:-1], 1))
+    for index in np.ndindex(y.shape[:-1]):
+        entries[index] = -np.dot(y[index], p[index]) / (np.linalg.norm(y[index]) * np.linalg.norm(p[index]))
+    return entries
+
+
+def categorical_hinge(y, p):
+    """By how much the score of the true class misses a lead of 1 over the best other class, or over 0."""
+    entries = np.empty((*y.shape[:-1], 1))
+    for index in np.ndindex(y.shape[:-1]):
+        label = int(np.argmax(y[index]))
+        best = max(0.0, *np.delete(p[index], label))
+        entries[index] = max(0.0, best - p[index][label] + 1)
+    return entries
+
+
+def ctc(labels, logits):
+    """−log of the summed probability of all paths that spell the labels, each path written out; [S], [T, C]."""
+    p, wanted = softmax(logits), [label for label in labels if label]
+    total = 0.0
+    for path in itertools.product(range(p.shape[1]), repeat=len(p)):
+        joined = [label for label, _ in itertools.groupby(path)]
+        if [label for label in joined if label] == wanted:
+            total += np.prod([p[step, label] for step, label in enumerate(path)])
+    return -np.log(total)
+
+
+def circle(labels, vectors, gamma, margin, remove_diagonal, present=None):
+    """The circle loss of each sample, and whether it has a positive and a negative; pair by pair."""
+    samples = range(len(labels))
+    losses, counts = np.zeros(len(labels)), np.zeros(len(labels), bool)
+    for a in samples:
+        near, far = [], []
+        for b in samples:
+            if present is not None and not (present[a] and present[b]):
+                continue
+            similarity = min(float(vectors[a] @ vectors[b]), 1.0)
+            if labels[a] != labels[b]:
+                far.append(gamma * max(similarity + margin, 0) * (similarity - margin))
+            elif a != b or not remove_diagonal:
+                near.append(-gamma * max(1 + margin - similarity, 0) * (similarity - (1 - margin)))
+        if near and far:
+            counts[a] = True
+            losses[a] = np.logaddexp(0, np.logaddexp.reduce(near) + np.logaddexp.reduce(far))
+    return losses, counts
 
 
 def reduce_entries(elements, reduction, weight=None, mask=None):

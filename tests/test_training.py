@@ -331,7 +331,7 @@ def test_evaluate_of_several_outputs_with_weights_is_the_same_for_every_batch_si
         Two(aux="both").double(),
         {
             "a": L.SparseCategoricalCrossentropy(**LOGITS),
-            "b": 2 * L.BinaryCrossentropy(**LOGITS) + L.Dice(None, "sigmoid"),
+            "b": 2 * L.BinaryCrossentropy(**LOGITS) + L.Dice(from_logits="sigmoid"),
         },
         loss_weights={"a": 0.3, "kl": 0.1},
         regularizers={"*.weight": "l2"},

@@ -137,10 +137,10 @@ class BinaryCrossentropy(_CrossEntropy):
         return elements, (q - y) / (q * (1 - q)) * ((p >= EPSILON) & (p <= 1 - EPSILON))
 
     def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
-        return _column_weight(y_true, class_weight, where)
+        return column_weight(y_true, class_weight, where)
 
 
-def _column_weight(y_true: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
+def column_weight(y_true: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
     """A weight a column; with one column, a weight for the label 0 or 1."""
     columns = y_true.shape[-1]
     if columns > 1:
@@ -382,8 +382,8 @@ class SparseCategoricalCrossentropy(_CrossEntropy):
         self,
         from_logits: bool = False,
         ignore_class: int | None = None,
-        axis: int = -1,
         reduction: str | Reduction | None = "sum_over_batch_size",
+        axis: int = -1,
         name: str | None = "sparse_categorical_crossentropy",
         dtype: str | torch.dtype | None = None,
     ) -> None:

@@ -16,8 +16,21 @@ from lossledger.losses.classification import (
     CategoricalFocalCrossentropy,
     SparseCategoricalCrossentropy,
 )
+from lossledger.losses.divergence import CategoricalGeneralizedCrossEntropy, KLDivergence
+from lossledger.losses.hinge import CategoricalHinge, Hinge, SquaredHinge
+from lossledger.losses.metric_learning import Circle
 from lossledger.losses.overlap import Dice, Jaccard, Tversky
-from lossledger.losses.regression import Huber, MeanAbsoluteError, MeanSquaredError
+from lossledger.losses.regression import (
+    CosineSimilarity,
+    Huber,
+    LogCosh,
+    MeanAbsoluteError,
+    MeanAbsolutePercentageError,
+    MeanSquaredError,
+    MeanSquaredLogarithmicError,
+    Poisson,
+)
+from lossledger.losses.sequence import CTC
 
 
 def binary_crossentropy(
@@ -67,7 +80,7 @@ def sparse_categorical_crossentropy(
     y_true: Any, y_pred: Any, from_logits: bool = False, ignore_class: int | None = None, axis: int = -1
 ) -> Tensor:
     """The cross-entropy of each integer label, `[B, d…]`; see `SparseCategoricalCrossentropy`."""
-    return SparseCategoricalCrossentropy(from_logits, ignore_class, axis, "none")(y_true, y_pred)
+    return SparseCategoricalCrossentropy(from_logits, ignore_class, "none", axis)(y_true, y_pred)
 
 
 def mean_squared_error(y_true: Any, y_pred: Any) -> Tensor:
@@ -87,16 +100,76 @@ def huber(y_true: Any, y_pred: Any, delta: float = 1.0) -> Tensor:
 
 def dice(y_true: Any, y_pred: Any, axis: int | tuple[int, ...] | None = None) -> Tensor:
     """The Dice loss of each kept cell; see `Dice`."""
-    return Dice(axis, reduction="none")(y_true, y_pred)
+    return Dice("none", axis=axis)(y_true, y_pred)
 
 
 def jaccard(y_true: Any, y_pred: Any, axis: int | tuple[int, ...] | None = None) -> Tensor:
     """The Jaccard loss of each kept cell; see `Jaccard`."""
-    return Jaccard(axis, reduction="none")(y_true, y_pred)
+    return Jaccard("none", axis=axis)(y_true, y_pred)
 
 
 def tversky(
     y_true: Any, y_pred: Any, alpha: float = 0.5, beta: float = 0.5, axis: int | tuple[int, ...] | None = None
 ) -> Tensor:
     """The Tversky loss of each kept cell; see `Tversky`."""
-    return Tversky(alpha, beta, axis, reduction="none")(y_true, y_pred)
+    return Tversky(alpha, beta, "none", axis=axis)(y_true, y_pred)
+
+
+def mean_absolute_percentage_error(y_true: Any, y_pred: Any) -> Tensor:
+    """The percentage error of each entry, `[B, d…]`; see `MeanAbsolutePercentageError`."""
+    return MeanAbsolutePercentageError("none")(y_true, y_pred)
+
+
+def mean_squared_logarithmic_error(y_true: Any, y_pred: Any) -> Tensor:
+    """The squared logarithmic error of each entry, `[B, d…]`; see `MeanSquaredLogarithmicError`."""
+    return MeanSquaredLogarithmicError("none")(y_true, y_pred)
+
+
+def log_cosh(y_true: Any, y_pred: Any) -> Tensor:
+    """The log-cosh of the error of each entry, `[B, d…]`; see `LogCosh`."""
+    return LogCosh("none")(y_true, y_pred)
+
+
+def poisson(y_true: Any, y_pred: Any) -> Tensor:
+    """The Poisson loss of each entry, `[B, d…]`; see `Poisson`."""
+    return Poisson("none")(y_true, y_pred)
+
+
+def hinge(y_true: Any, y_pred: Any) -> Tensor:
+    """The hinge loss of each entry, `[B, d…]`; see `Hinge`."""
+    return Hinge("none")(y_true, y_pred)
+
+
+def squared_hinge(y_true: Any, y_pred: Any) -> Tensor:
+    """The squared hinge loss of each entry, `[B, d…]`; see `SquaredHinge`."""
+    return SquaredHinge("none")(y_true, y_pred)
+
+
+def categorical_hinge(y_true: Any, y_pred: Any) -> Tensor:
+    """The categorical hinge loss of each entry, `[B, d…]`; see `CategoricalHinge`."""
+    return CategoricalHinge("none")(y_true, y_pred)
+
+
+def kl_divergence(y_true: Any, y_pred: Any) -> Tensor:
+    """The Kullback–Leibler divergence of each entry, `[B, d…]`; see `KLDivergence`."""
+    return KLDivergence("none")(y_true, y_pred)
+
+
+def categorical_generalized_cross_entropy(y_true: Any, y_pred: Any, q: float = 0.5) -> Tensor:
+    """The generalized cross-entropy of each integer label, `[B, d…]`; see `CategoricalGeneralizedCrossEntropy`."""
+    return CategoricalGeneralizedCrossEntropy(q, "none")(y_true, y_pred)
+
+
+def cosine_similarity(y_true: Any, y_pred: Any, axis: int = -1) -> Tensor:
+    """Minus the cosine of each entry, `[B, d…]`; see `CosineSimilarity`."""
+    return CosineSimilarity(axis, "none")(y_true, y_pred)
+
+
+def ctc(y_true: Any, y_pred: Any) -> Tensor:
+    """The CTC loss of each sample, `[B]`; see `CTC`."""
+    return CTC("none")(y_true, y_pred)
+
+
+def circle(y_true: Any, y_pred: Any, remove_diagonal: bool = True, gamma: float = 80.0, margin: float = 0.4) -> Tensor:
+    """The circle loss of each sample among those of its batch, `[B]`; see `Circle`."""
+    return Circle(gamma, margin, remove_diagonal, "none")(y_true, y_pred)

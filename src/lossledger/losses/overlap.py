@@ -357,12 +357,12 @@ class Dice(_Overlap):
 
     def __init__(
         self,
-        axis: int | tuple[int, ...] | None = None,
-        from_logits: bool | str = False,
-        smooth: float = EPSILON,
         reduction: str | Reduction | None = "sum_over_batch_size",
         name: str | None = "dice",
+        axis: int | tuple[int, ...] | None = None,
         dtype: str | torch.dtype | None = None,
+        from_logits: bool | str = False,
+        smooth: float = EPSILON,
     ) -> None:
         super().__init__((2.0, 1.0, 1.0), axis, from_logits, smooth, name, reduction, dtype)
 
@@ -393,12 +393,12 @@ class Jaccard(_Overlap):
 
     def __init__(
         self,
-        axis: int | tuple[int, ...] | None = None,
-        from_logits: bool | str = False,
-        smooth: float = EPSILON,
         reduction: str | Reduction | None = "sum_over_batch_size",
         name: str | None = "jaccard",
+        axis: int | tuple[int, ...] | None = None,
         dtype: str | torch.dtype | None = None,
+        from_logits: bool | str = False,
+        smooth: float = EPSILON,
     ) -> None:
         super().__init__((1.0, 1.0, 1.0), axis, from_logits, smooth, name, reduction, dtype)
 
@@ -433,12 +433,12 @@ class Tversky(_Overlap):
         self,
         alpha: float = 0.5,
         beta: float = 0.5,
-        axis: int | tuple[int, ...] | None = None,
-        from_logits: bool | str = False,
-        smooth: float = EPSILON,
         reduction: str | Reduction | None = "sum_over_batch_size",
         name: str | None = "tversky",
+        axis: int | tuple[int, ...] | None = None,
         dtype: str | torch.dtype | None = None,
+        from_logits: bool | str = False,
+        smooth: float = EPSILON,
     ) -> None:
         super().__init__((1.0, alpha, beta), axis, from_logits, smooth, name, reduction, dtype)
         if alpha < 0 or beta < 0:

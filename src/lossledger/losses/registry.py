@@ -14,10 +14,23 @@ from lossledger.losses.classification import (
     SparseCategoricalCrossentropy,
 )
 from lossledger.losses.custom import from_callable
+from lossledger.losses.divergence import CategoricalGeneralizedCrossEntropy, KLDivergence
 from lossledger.losses.expression import Expression, factor_of
+from lossledger.losses.hinge import CategoricalHinge, Hinge, SquaredHinge
 from lossledger.losses.loss import Loss, snake_case
+from lossledger.losses.metric_learning import Circle
 from lossledger.losses.overlap import Dice, Jaccard, Tversky
-from lossledger.losses.regression import Huber, MeanAbsoluteError, MeanSquaredError
+from lossledger.losses.regression import (
+    CosineSimilarity,
+    Huber,
+    LogCosh,
+    MeanAbsoluteError,
+    MeanAbsolutePercentageError,
+    MeanSquaredError,
+    MeanSquaredLogarithmicError,
+    Poisson,
+)
+from lossledger.losses.sequence import CTC
 
 CLASSES: dict[str, type[Loss]] = {
     c.__name__: c
@@ -27,19 +40,43 @@ CLASSES: dict[str, type[Loss]] = {
         CategoricalCrossentropy,
         CategoricalFocalCrossentropy,
         SparseCategoricalCrossentropy,
+        CategoricalGeneralizedCrossEntropy,
+        KLDivergence,
         MeanSquaredError,
         MeanAbsoluteError,
+        MeanAbsolutePercentageError,
+        MeanSquaredLogarithmicError,
         Huber,
+        LogCosh,
+        Poisson,
+        CosineSimilarity,
+        Hinge,
+        SquaredHinge,
+        CategoricalHinge,
+        CTC,
+        Circle,
         Dice,
         Jaccard,
         Tversky,
     )
 }
 
-_SHORT = {"bce": "BinaryCrossentropy", "mse": "MeanSquaredError", "mae": "MeanAbsoluteError"}
+# Short names of Keras, which it also has in capitals.
+_SHORT = {
+    "bce": "BinaryCrossentropy",
+    "mse": "MeanSquaredError",
+    "mae": "MeanAbsoluteError",
+    "mape": "MeanAbsolutePercentageError",
+    "msle": "MeanSquaredLogarithmicError",
+    "kld": "KLDivergence",
+}
+# Names of functions that are not the class name in snake case, and older names.
+_FUNCTIONS = {"kl_divergence": "KLDivergence", "ctc": "CTC", "logcosh": "LogCosh"}
+_SPELLED = {c: snake_case(c) for c in CLASSES if c not in ("KLDivergence", "CTC")}
 NAMES: dict[str, type[Loss]] = {
     **CLASSES,
-    **{snake_case(name): c for name, c in CLASSES.items()},
+    **{function: CLASSES[name] for name, function in _SPELLED.items()},
+    **{function: CLASSES[name] for function, name in _FUNCTIONS.items()},
     **{short: CLASSES[name] for short, name in _SHORT.items()},
     **{short.upper(): CLASSES[name] for short, name in _SHORT.items()},
 }

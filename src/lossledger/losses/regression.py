@@ -1,10 +1,15 @@
-"""Losses of real-valued outputs: squared, absolute and Huber error. `e = y_pred − y_true`."""
+"""Losses of real-valued outputs: errors, their relative, logarithmic and robust forms, counts, and directions.
+
+`e = y_pred − y_true`, `y` targets, `p` predictions, ε = 1e-7.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from typing import ClassVar, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lossledger.errors import InputError
@@ -13,6 +18,20 @@ from lossledger.losses.elementwise import ElementLoss
 from lossledger.reduction import Reduction
 from lossledger.weighting import ClassWeight
 
+EPSILON = 1e-7
+
+
+def refuse_class_weight(kind: str, class_weight: ClassWeight, where: str) -> NoReturn:
+    """The error of class weights given to a loss that has no classes.
+
+    Raises:
+        InputError: always.
+    """
+    raise InputError(
+        f"{where}: class_weight needs classes, and {kind} has none; received class_weight="
+        f"{class_weight!r}. Pass a sample_weight, [B] or per element, instead."
+    )
+
 
 class _ErrorLoss(ElementLoss):
     """Losses of the difference, column by column."""
@@ -20,10 +39,7 @@ class _ErrorLoss(ElementLoss):
     classes_are: ClassVar[str | None] = "output"
 
     def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
-        raise InputError(
-            f"{where}: class_weight needs classes, and a regression loss has none; received class_weight="
-            f"{class_weight!r}. Pass a sample_weight, [B] or per element, instead."
-        )
+        refuse_class_weight("a regression loss", class_weight, where)
 
 
 class MeanSquaredError(_ErrorLoss):
@@ -147,3 +163,223 @@ class Huber(_ErrorLoss):
     def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
         error = batch.prediction.raw - batch.y_true
         return self._elements(batch), error.clamp(-self.delta, self.delta)
+
+
+class MeanAbsolutePercentageError(_ErrorLoss):
+    """Mean over the last axis of `100 · |e| / max(|y|, ε)`; the derivative at 0 is 0.
+
+    A target of 0 makes an error of 1 count 10⁹ percent.
+
+    Args:
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Shapes: targets and output `[B, d…, C]`; `(N,)` is read as `(N, 1)`.
+
+    Divides by: unmasked entries × C.
+
+    Raises:
+        InputError: shapes that differ.
+
+    Example:
+        >>> import lossledger as ll
+        >>> float(ll.losses.MeanAbsolutePercentageError()([[2.0, 4.0]], [[1.0, 5.0]]))
+        37.5
+
+    Source: keras.losses.MeanAbsolutePercentageError 3.15.
+    """
+
+    def __init__(
+        self,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "mean_absolute_percentage_error",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(name, reduction, dtype)
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        return 100 * (batch.prediction.raw - batch.y_true).abs() / batch.y_true.abs().clamp(min=EPSILON)
+
+    def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
+        error = batch.prediction.raw - batch.y_true
+        return self._elements(batch), 100 * error.sign() / batch.y_true.abs().clamp(min=EPSILON)
+
+
+class MeanSquaredLogarithmicError(_ErrorLoss):
+    """Mean over the last axis of `(log(1 + max(p, ε)) − log(1 + max(y, ε)))²`.
+
+    Values below ε are read as ε, so a negative prediction has no gradient.
+
+    Args:
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Shapes: targets and output `[B, d…, C]`; `(N,)` is read as `(N, 1)`.
+
+    Divides by: unmasked entries × C.
+
+    Raises:
+        InputError: shapes that differ.
+
+    Example:
+        >>> import lossledger as ll
+        >>> round(float(ll.losses.MeanSquaredLogarithmicError()([[0.0, 3.0]], [[1.0, 3.0]])), 4)
+        0.2402
+
+    Source: keras.losses.MeanSquaredLogarithmicError 3.15.
+    """
+
+    def __init__(
+        self,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "mean_squared_logarithmic_error",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(name, reduction, dtype)
+
+    def _difference(self, batch: Aligned) -> Tensor:
+        return batch.prediction.raw.clamp(min=EPSILON).log1p() - batch.y_true.clamp(min=EPSILON).log1p()
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        return self._difference(batch).square()
+
+    def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
+        difference, p = self._difference(batch), batch.prediction.raw
+        inside = p >= EPSILON
+        return difference.square(), 2 * difference * inside / (1 + p).where(inside, 1.0)
+
+
+class LogCosh(_ErrorLoss):
+    """Mean over the last axis of `log cosh e = e + softplus(−2e) − log 2`: about `½e²`, then about `|e| − log 2`.
+
+    Args:
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Shapes: targets and output `[B, d…, C]`; `(N,)` is read as `(N, 1)`.
+
+    Divides by: unmasked entries × C.
+
+    Raises:
+        InputError: shapes that differ.
+
+    Example:
+        >>> import lossledger as ll
+        >>> round(float(ll.losses.LogCosh()([[0.0, 0.0]], [[1.0, -2.0]])), 4)
+        0.8794
+
+    Source: keras.losses.LogCosh 3.15.
+    """
+
+    def __init__(
+        self,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "log_cosh",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(name, reduction, dtype)
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        error = batch.prediction.raw - batch.y_true
+        # Above the threshold softplus is the identity; torch's own, 20, is too early for float64.
+        return error + F.softplus(-2 * error, threshold=40.0) - math.log(2)
+
+    def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
+        return self._elements(batch), (batch.prediction.raw - batch.y_true).tanh()
+
+
+class Poisson(_ErrorLoss):
+    """Negative log-likelihood of counts, up to a constant: mean over the last axis of `p − y·log(p + ε)`.
+
+    The output is the rate, so it must be positive: NaN below −ε. `torch.nn.PoissonNLLLoss` reads its logarithm by
+    default.
+
+    Args:
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Shapes: targets and output `[B, d…, C]`; `(N,)` is read as `(N, 1)`.
+
+    Divides by: unmasked entries × C.
+
+    Raises:
+        InputError: shapes that differ.
+
+    Example:
+        >>> import lossledger as ll
+        >>> round(float(ll.losses.Poisson()([[1.0, 2.0]], [[1.0, 3.0]])), 4)
+        0.9014
+
+    Source: keras.losses.Poisson 3.15.
+    """
+
+    def __init__(
+        self,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "poisson",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(name, reduction, dtype)
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        p = batch.prediction.raw
+        return p - batch.y_true * (p + EPSILON).log()
+
+    def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
+        return self._elements(batch), 1 - batch.y_true / (batch.prediction.raw + EPSILON)
+
+
+class CosineSimilarity(_ErrorLoss):
+    """Minus the cosine of the angle between target and output: `−Σ ŷ·p̂` with `v̂ = v / max(‖v‖, ε)`, in [−1, 1].
+
+    A zero vector has no direction: its value and its gradient are 0.
+
+    Args:
+        axis: axis of the vectors; all but the batch axis are possible.
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Shapes: targets and output `[B, d…, C]`; entries, weights and masks are those without `axis`.
+
+    Divides by: unmasked entries.
+
+    Raises:
+        InputError: shapes that differ, an axis that is the batch.
+
+    Example:
+        >>> import lossledger as ll
+        >>> round(float(ll.losses.CosineSimilarity()([[1.0, 0.0]], [[3.0, 4.0]])), 4)
+        -0.6
+
+    Source: keras.losses.CosineSimilarity 3.15 (whose `get_config` loses axis, ours keeps it, and whose gradient is NaN
+        at a zero vector).
+    """
+
+    classes_are: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        axis: int = -1,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "cosine_similarity",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(name, reduction, dtype)
+        self.axis = self.class_axis = axis
+
+    def _shape(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[int, ...] | None:
+        return (*y_pred.shape[:-1], 1)
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        return -(_direction(batch.y_true) * _direction(batch.prediction.raw)).sum(-1, keepdim=True)
+
+
+def _direction(vectors: Tensor) -> Tensor:
+    """Vectors of length 1 along the last axis; a zero vector stays zero, with gradient 0."""
+    square = vectors.square().sum(-1, keepdim=True)
+    return vectors * torch.where(square > 0, square.clamp(min=EPSILON**2).rsqrt(), 0.0)

@@ -174,7 +174,7 @@ class SparseCategoricalAccuracy(LayoutMetric):
     def __init__(
         self, name: str = "sparse_categorical_accuracy", ignore_class: int | None = None, axis: int = -1
     ) -> None:
-        super().__init__(name, losses.SparseCategoricalCrossentropy(True, ignore_class, axis))
+        super().__init__(name, losses.SparseCategoricalCrossentropy(True, ignore_class, axis=axis))
         self.ignore_class = ignore_class
         self.axis = axis
 

@@ -101,7 +101,7 @@ class _OverlapMetric(LayoutMetric):
 def _layout(from_logits: Activation, axis: int, sparse_labels: bool, ignore_class: int | None) -> Loss:
     """The loss that reads the same targets and output."""
     if sparse_labels:
-        return losses.SparseCategoricalCrossentropy(True, ignore_class, axis)
+        return losses.SparseCategoricalCrossentropy(True, ignore_class, axis=axis)
     if from_logits == "softmax":
         return losses.CategoricalCrossentropy(True, axis=axis)
     return losses.BinaryCrossentropy(bool(from_logits), axis=axis)
