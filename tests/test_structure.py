@@ -24,6 +24,7 @@ ROOMS = [
     "metrics",
     "regularizers",
     "objective",
+    "conventions",
     "ledger",
     "report",
     "training",

@@ -17,13 +17,15 @@ _HOME = {
     "Tally": "lossledger.tally",
     "add_loss": "lossledger.objective",
     "callbacks": "lossledger.training.callbacks",
+    "compare": "lossledger.conventions.compare",
+    "conventions": "lossledger.conventions",
     "errors": "lossledger.errors",
     "losses": "lossledger.losses",
     "metrics": "lossledger.metrics",
     "regularizers": "lossledger.regularizers",
     "report": "lossledger.report",
 }
-_MODULES = ("callbacks", "errors", "losses", "metrics", "regularizers", "report")
+_MODULES = ("callbacks", "conventions", "errors", "losses", "metrics", "regularizers", "report")
 
 __all__ = [
     "Batch",
@@ -36,6 +38,8 @@ __all__ = [
     "__version__",
     "add_loss",
     "callbacks",
+    "compare",
+    "conventions",
     "errors",
     "losses",
     "metrics",
@@ -44,7 +48,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lossledger import errors, losses, metrics, regularizers, report
+    from lossledger import conventions, errors, losses, metrics, regularizers, report
+    from lossledger.conventions.compare import compare
     from lossledger.ledger import Ledger
     from lossledger.objective import Objective, Outputs, add_loss
     from lossledger.reduction import Reduction

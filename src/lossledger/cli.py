@@ -1,4 +1,4 @@
-"""The command line: `lossledger demo`, `lossledger report RUN`."""
+"""The command line: `lossledger demo`, `lossledger report RUN`, `lossledger compare FILE`."""
 
 from __future__ import annotations
 
@@ -72,3 +72,23 @@ def report(run: Path, output: Path | None, as_plain: bool) -> None:
         click.echo(as_text(build_view(Ledger.open(run))))
     else:
         click.echo(write(run, output or run / "report.html"))
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--loss", required=True, help="Name of a loss, for example mse or BinaryCrossentropy.")
+@click.option("--from-logits", is_flag=True, help="The predictions are logits.")
+def compare(file: Path, loss: str, from_logits: bool) -> None:
+    """Print every framework's loss of FILE, an .npz of y_true, y_pred, sample_weight, mask, class_weight."""
+    import numpy as np
+
+    from lossledger.conventions.compare import table_of
+    from lossledger.losses import get
+
+    with np.load(file, allow_pickle=False) as arrays:
+        missing = {"y_true", "y_pred"} - set(arrays.files)
+        if missing:
+            raise click.ClickException(f"{file}: no array {' or '.join(sorted(missing))}; found {arrays.files}.")
+        case = {name: arrays[name] for name in arrays.files}
+    chosen = type(get(loss))(from_logits=True) if from_logits else loss  # type: ignore[call-arg]
+    click.echo(str(table_of({**case, "loss": chosen})))
