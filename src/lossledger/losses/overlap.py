@@ -27,7 +27,14 @@ from lossledger.losses.loss import By, reciprocal
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Tally, divide
-from lossledger.weighting import ClassWeight, Weighting, check_probabilities, check_targets, class_vector
+from lossledger.weighting import (
+    ClassWeight,
+    Weighting,
+    check_probabilities,
+    check_targets,
+    class_vector,
+    not_finite,
+)
 
 EPSILON = 1e-7
 
@@ -161,27 +168,31 @@ class _Overlap(ElementLoss):
         """The tally of an aligned batch, differentiable."""
         rank = len(batch.weighting.shape)
         if not self.is_ratio(rank):
-            return self._tally_cells(batch, by)
+            return self._tally_elements(self._as_cells(batch), self._elements(batch), by)
         reductions.divides(self.reduction, batch.where)
         kept = self._kept(rank)
-        numerator, divisor = self._statistics(batch, kept)
-        numerator, divisor = numerator.reshape(-1), divisor.reshape(-1)
-        cells = numerator.numel()
+        # One pass: the statistics of the groups, summed over what the cells do not keep.
+        fine = kept if by is None else tuple(sorted({*kept, self._group_axis(batch, by)}))
+        numerator, divisor = self._statistics(batch, fine)
         scale = self._column_scale(batch)
-        scale = None if scale is None else scale.reshape(-1)
         if scale is not None:
             numerator = numerator * scale
+        groups = None if by is None else self._ratio_groups(batch, numerator.detach(), divisor.detach(), fine, by)
+        summed = tuple(position for position, axis in enumerate(fine) if axis not in kept)
+        if summed:
+            numerator, divisor = numerator.sum(summed), divisor.sum(summed)
+        numerator = numerator.reshape(-1)
         return Tally(
             numerator,
-            divisor,
+            divisor.reshape(-1),
             batch.weighting.count(),
             batch.weighting.total_weight(),
             # A sum over cells has the coefficient 1; every other reduction is their mean.
-            coefficient=1.0 if self.reduction.statistic is None else 1.0 / cells,
+            coefficient=1.0 if self.reduction.statistic is None else 1.0 / numerator.numel(),
             offset=self.smooth,
             form="ratio",
-            nonfinite=cells - torch.isfinite(numerator.detach()).sum(),
-            groups=None if by is None else self._ratio_groups(batch, scale, by),
+            nonfinite=not_finite(numerator.detach()).sum(),
+            groups=groups,
         )
 
     def divisor_aligned(self, batch: Aligned) -> Tally:
@@ -189,54 +200,43 @@ class _Overlap(ElementLoss):
         rank = len(batch.weighting.shape)
         if self.is_ratio(rank):
             raise InputError(f"{batch.where}: the divisor of a ratio depends on the predictions; take its tally.")
-        entries = tuple(batch.weighting.shape[a] for a in self._kept(rank))
-        return super().divisor_aligned(replace(batch, weighting=self._cell_weighting(batch, entries)))
+        return super().divisor_aligned(self._as_cells(batch))
 
-    def _ratio_groups(self, batch: Aligned, scale: Tensor | None, by: By) -> Groups:
-        rank = len(batch.weighting.shape)
-        kept, last = self._kept(rank), rank - 1
-        extra = {"class": last, "column": last, "sample": 0}.get(by) if isinstance(by, str) else None
-        if extra is None or any(a not in (0, last) for a in kept):
+    def _group_axis(self, batch: Aligned, by: By) -> int:
+        """The axis along which the groups of a ratio lie."""
+        last = len(batch.weighting.shape) - 1
+        axis = {"class": last, "column": last, "sample": 0}.get(by) if isinstance(by, str) else None
+        if axis is None or any(a not in (0, last) for a in self._kept(last + 1)):
             raise InputError(
                 f"{batch.where}: a ratio over the batch cannot be divided by {by if isinstance(by, str) else 'ids'!r}; "
                 "expected 'class' or 'sample', with no axis kept but the class axis."
             )
-        keep = tuple(sorted({*kept, extra}))
-        detached = replace(batch, prediction=Prediction(batch.prediction.raw.detach()))
-        with torch.no_grad():
-            numerator, divisor = self._statistics(detached, keep)
-            if scale is not None:
-                numerator = numerator * scale
-        mask = batch.weighting.mask
-        axes = tuple(a for a in range(rank) if a not in keep)
+        return axis
+
+    def _ratio_groups(
+        self, batch: Aligned, numerator: Tensor, divisor: Tensor, fine: tuple[int, ...], by: By
+    ) -> Groups:
+        """Rows from statistics that keep the axes `fine`."""
+        shape, mask = batch.weighting.shape, batch.weighting.mask
+        samples, classes = range(shape[0]), range(shape[-1])
         whole = torch.ones((), dtype=torch.int64, device=numerator.device) if mask is None else mask
-        count = whole.expand(batch.weighting.shape).sum(axes)
-        classes = batch.weighting.shape[-1]
-        cell: tuple[int, ...] | None = None
-        if last in kept:
-            cell = tuple(range(classes)) if by != "sample" else tuple(range(classes)) * batch.weighting.shape[0]
-        keys: tuple[tuple[Any, str], ...] | None
+        count = whole.expand(shape).sum(tuple(a for a in range(len(shape)) if a not in fine))
+        by_class = len(shape) - 1 in self._kept(len(shape))
+        keys: tuple[tuple[Any, str], ...] | None = tuple((column, "") for column in classes)
+        cell: tuple[int, ...] | None = tuple(classes) if by_class else None
         if by == "sample":
-            keys = (
-                None
-                if last not in kept
-                else tuple(
-                    (sample, f"class {column}")
-                    for sample in range(batch.weighting.shape[0])
-                    for column in range(classes)
-                )
-            )
-        else:
-            keys = tuple((column, "") for column in range(classes))
+            keys = tuple((sample, f"class {c}") for sample in samples for c in classes) if by_class else None
+            cell = tuple(classes) * len(samples) if by_class else None
         rows = [t.reshape(-1) for t in (numerator, numerator, count, divisor)]
         return Groups(str(by), keys, rows[0], rows[1], rows[2], rows[3], cell)
 
     # --- the linear form: a loss for each sample and kept axis ------------------------------------------------
 
-    def _cell_weighting(self, batch: Aligned, entries: tuple[int, ...]) -> Weighting:
-        """The weighting of the cells: a cell counts when any of its elements does."""
+    def _as_cells(self, batch: Aligned) -> Aligned:
+        """The batch with the weighting of its cells: a cell counts when any of its elements does."""
         rank = len(batch.weighting.shape)
         reduced = self._reduced(rank)
+        entries = tuple(batch.weighting.shape[a] for a in self._kept(rank))
         shape = entries if rank - 1 not in reduced else (*entries, 1)
         mask = batch.weighting.mask
         if mask is not None:
@@ -251,28 +251,24 @@ class _Overlap(ElementLoss):
         columns = self._column_scale(batch)
         if columns is not None:
             weight = columns if weight is None else weight * columns
-        return Weighting(shape, mask, weight)
+        return replace(batch, weighting=Weighting(shape, mask, weight))
+
+    def _losses(self, batch: Aligned, numerator: Tensor, divisor: Tensor) -> Tensor:
+        """The loss of each cell, with a class axis at the end."""
+        cells = numerator / (divisor + self.smooth)
+        rank = len(batch.weighting.shape)
+        return cells if rank - 1 not in self._reduced(rank) else cells.unsqueeze(-1)
 
     def _elements(self, batch: Aligned) -> Tensor:
-        rank = len(batch.weighting.shape)
-        numerator, divisor = self._statistics(batch, self._kept(rank))
-        cells = numerator / (divisor + self.smooth)
-        return cells if rank - 1 not in self._reduced(rank) else cells.unsqueeze(-1)
+        return self._losses(batch, *self._statistics(batch, self._kept(len(batch.weighting.shape))))
 
     def _entries(self, batch: Aligned) -> Tensor:
         rank = len(batch.weighting.shape)
         cells = self._elements(batch)
         if not self.is_ratio(rank):
-            entries = tuple(batch.weighting.shape[a] for a in self._kept(rank))
-            product = self._cell_weighting(batch, entries).product
+            product = self._as_cells(batch).weighting.product
             cells = cells if product is None else cells * product
         return cells if rank - 1 not in self._reduced(rank) else cells.squeeze(-1)
-
-    def _tally_cells(self, batch: Aligned, by: By) -> Tally:
-        elements = self._elements(batch)
-        entries = tuple(batch.weighting.shape[a] for a in self._kept(len(batch.weighting.shape)))
-        cells = replace(batch, weighting=self._cell_weighting(batch, entries))
-        return self._tally_elements(cells, elements, by)
 
     def _groups(self, batch: Aligned, weighted: Tensor, total: Tensor, weights: Weighting, by: By) -> Groups:
         # A cell has no presence: it already compares all of its elements.
@@ -284,30 +280,40 @@ class _Overlap(ElementLoss):
         self, batch: Aligned, window: Tally | None, factor: float, by: By = None
     ) -> tuple[Tally, Tensor]:
         """The tally and `factor` times the gradient: `c (∂N/D* − N* ∂D/D*²)` with the window's N* and D*."""
-        rank = len(batch.weighting.shape)
+        shape = batch.weighting.shape
+        kept = self._kept(len(shape))
+        factors = self._ratio_factors if self.is_ratio(len(shape)) else self._cell_factors
+        tally, factor_n, factor_d = factors(batch, window, factor, by)
+        cells = tuple(length if axis in kept else 1 for axis, length in enumerate(shape))
+        return tally, self._pull_back(batch, factor_n.reshape(cells), factor_d.reshape(cells))
+
+    def _ratio_factors(
+        self, batch: Aligned, window: Tally | None, factor: float, by: By
+    ) -> tuple[Tally, Tensor, Tensor]:
+        """The tally of a ratio, and the factors on ∂N and ∂D of each cell."""
         tally = self.tally_aligned(batch, by)
-        kept = self._kept(rank)
-        shape = tuple(batch.weighting.shape[a] if a in kept else 1 for a in range(rank))
-        if self.is_ratio(rank):
-            whole = tally if window is None else window
-            divisor = whole.divisor + whole.offset
-            factor_n = factor * tally.coefficient * divide(torch.ones_like(divisor), divisor)
-            # The numerator of the tally already holds the class weights; the derivative takes them here.
-            scale = self._column_scale(batch)
-            factor_d = -factor_n * divide(whole.numerator, divisor)
-            if scale is not None:
-                factor_n = factor_n * scale.reshape(-1)
-        else:
-            whole = tally if window is None else window
-            numerator, own = self._statistics(batch, kept)
-            entries = tuple(batch.weighting.shape[a] for a in kept)
-            product = self._entry_weight(replace(batch, weighting=self._cell_weighting(batch, entries)))
-            weight = 1.0 if product is None else product.squeeze(-1) if rank - 1 not in kept else product
-            factor_n = factor * reciprocal(whole.divisor + whole.offset, numerator.dtype) * weight
-            factor_n = factor_n / (own + self.smooth)
-            factor_d = -factor_n * numerator / (own + self.smooth)
-        gradient = self._pull_back(batch, factor_n.reshape(shape), factor_d.reshape(shape))
-        return tally, gradient
+        whole = tally if window is None else window
+        divisor = whole.divisor + whole.offset
+        factor_n = factor * tally.coefficient * divide(torch.ones_like(divisor), divisor)
+        factor_d = -factor_n * divide(whole.numerator, divisor)
+        # The numerator of the tally already holds the class weights; its derivative takes them here.
+        scale = self._column_scale(batch)
+        return tally, factor_n if scale is None else factor_n * scale.reshape(-1), factor_d
+
+    def _cell_factors(
+        self, batch: Aligned, window: Tally | None, factor: float, by: By
+    ) -> tuple[Tally, Tensor, Tensor]:
+        """The tally of cells with a loss each, and the factors on ∂N and ∂D of each cell."""
+        rank = len(batch.weighting.shape)
+        numerator, own = self._statistics(batch, self._kept(rank))
+        cells = self._as_cells(batch)
+        tally = self._tally_elements(cells, self._losses(batch, numerator, own), by)
+        whole = tally if window is None else window
+        product = self._entry_weight(cells)
+        weight = 1.0 if product is None else product.squeeze(-1) if rank - 1 in self._reduced(rank) else product
+        scale = factor * reciprocal(whole.divisor + whole.offset, numerator.dtype) * weight
+        factor_n = scale / (own + self.smooth)
+        return tally, factor_n, -factor_n * numerator / (own + self.smooth)
 
     def _pull_back(self, batch: Aligned, factor_n: Tensor, factor_d: Tensor) -> Tensor:
         """From factors on numerator and divisor to the gradient with respect to the output."""
