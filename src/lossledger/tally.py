@@ -19,7 +19,7 @@ how the laws are tested exactly.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -192,10 +192,6 @@ class Tally:
         if self.groups.cell is not None:
             divisor = divisor[list(self.groups.cell)]
         return self.coefficient * divide(self.groups.numerator, divisor)
-
-    def scaled(self, factor: Number) -> Tally:
-        """The tally whose value is `factor` times this one's."""
-        return replace(self, coefficient=self.coefficient * factor)
 
     def __add__(self, other: Tally) -> Tally:
         if not isinstance(other, Tally):

@@ -390,7 +390,7 @@ class Loss:
                 f"{batch.where}: the loss returns one number for the whole batch, so it cannot be divided by {by!r}. "
                 "Return one value per sample or entry."
             )
-        bad = 1 - torch.isfinite(value.detach()).sum()
+        bad = not_finite(value.detach()).sum()
         samples = batch.prediction.raw.shape[0]
         if self.scalar == "sum":
             return Tally(value, 0, samples, samples, offset=1, nonfinite=bad)

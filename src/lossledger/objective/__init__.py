@@ -1,7 +1,8 @@
 """Outputs × losses × weights + regularizers, as a named sum of terms; and the breakdown of a batch into them."""
 
-from lossledger.objective.auxiliary import Outputs, add_loss, auxiliary_tally, collecting
+from lossledger.objective.auxiliary import Outputs, add_loss, collecting, unpacked
 from lossledger.objective.breakdown import Backprop, Breakdown, Term
 from lossledger.objective.objective import Objective
+from lossledger.objective.plan import Penalty
 
-__all__ = ["Backprop", "Breakdown", "Objective", "Outputs", "Term", "add_loss", "auxiliary_tally", "collecting"]
+__all__ = ["Backprop", "Breakdown", "Objective", "Outputs", "Penalty", "Term", "add_loss", "collecting", "unpacked"]

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lossledger.errors import InputError
 from lossledger.tally import Tally
+from lossledger.weighting import not_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,11 @@ class Outputs:
 
     outputs: Any
     losses: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def unpacked(outputs: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The outputs of a model, and the auxiliary losses that it returned with them."""
+    return (outputs.outputs, dict(outputs.losses)) if isinstance(outputs, Outputs) else (outputs, {})
 
 
 _collector: contextvars.ContextVar[dict[str, Tensor] | None] = contextvars.ContextVar("auxiliary", default=None)
@@ -79,6 +84,5 @@ def auxiliary_tally(name: str, value: Tensor, samples: int) -> Tally:
             f"auxiliary loss {name!r}: expected a scalar tensor or one value a sample, ({samples},); received "
             f"{received}. Reduce it over all axes but the batch."
         )
-    bad = value.numel() - torch.isfinite(value.detach()).sum()
     numerator = value.sum() if value.ndim else value * samples
-    return Tally(numerator, samples, samples, samples, nonfinite=bad)
+    return Tally(numerator, samples, samples, samples, nonfinite=not_finite(value.detach()).sum())

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from lossledger.errors import EmptyDataError, InputError, UnknownNameError
 from lossledger.losses.aligned import Aligned
 from lossledger.objective import plan as planning
-from lossledger.objective.auxiliary import Outputs, auxiliary_tally
+from lossledger.objective.auxiliary import auxiliary_tally, unpacked
 from lossledger.objective.breakdown import Backprop, Breakdown, Term
-from lossledger.objective.plan import PenaltyPlan, TermPlan
+from lossledger.objective.plan import Penalty, TermPlan
 from lossledger.tally import Tally
 from lossledger.weighting import ClassWeight, class_vector
 
@@ -93,8 +93,8 @@ class Objective:
         for plan, batch in zip(self.terms, batches, strict=True):
             tally = plan.loss.tally_aligned(batch)
             terms[plan.name] = Term(plan.name, "data", plan.coefficient, tally, plan.loss, batch)
-        for name, tally in self.penalty_tallies(model).items():
-            terms[name] = Term(name, "regularizer", 1.0, tally)
+        for penalty in self.bound(model):
+            terms[penalty.name] = Term(penalty.name, "regularizer", 1.0, penalty.tally())
         for name, value in auxiliary.items():
             terms[name] = Term(name, "auxiliary", self.auxiliary_weight(name), auxiliary_tally(name, value, samples))
         contributions = [term.weight * torch.as_tensor(term.tally.value) for term in terms.values()]
@@ -107,11 +107,14 @@ class Objective:
         self, y_true: Any, y_pred: Any, sample_weight: Any = None, mask: Any = None, checked: bool = False
     ) -> tuple[list[Aligned], dict[str, Tensor], int]:
         """Aligned batches, one a term, with the auxiliary losses and the number of samples."""
-        auxiliary: dict[str, Tensor] = {}
-        if isinstance(y_pred, Outputs):
-            auxiliary, y_pred = dict(y_pred.losses), y_pred.outputs
+        outputs, auxiliary = unpacked(y_pred)
         self._check_auxiliary(auxiliary)
-        preds = self.split(y_pred, "y_pred")
+        batches = self._align(y_true, self.split(outputs, "y_pred"), sample_weight, mask, checked)
+        return batches, auxiliary, _samples(batches)
+
+    def _align(
+        self, y_true: Any, preds: Mapping[str, Any], sample_weight: Any, mask: Any, checked: bool
+    ) -> list[Aligned]:
         trues = self.split(y_true, "y_true", required=frozenset(plan.output for plan in self.terms))
         weights = self.split_optional(sample_weight, "sample_weight")
         masks = self.split_optional(mask, "mask")
@@ -123,8 +126,7 @@ class Objective:
                 trues[key], preds[key], weights.get(key), masks.get(key), classes, plan.name, checked
             )
             batches.append(_shared(batch, batches))
-        first = batches[0].prediction.raw
-        return batches, auxiliary, int(first.shape[0]) if first.ndim else 1
+        return batches
 
     def _class_weight(self, plan: TermPlan, y_pred: Any) -> ClassWeight | None:
         """The class weights of a term as a vector, made and checked once for each number of classes."""
@@ -156,14 +158,12 @@ class Objective:
             by: groups of the tallies, for terms that have them.
             checked: values were checked at the data boundary, and are not read here.
         """
-        auxiliary: dict[str, Tensor] = {}
-        if isinstance(y_pred, Outputs):
-            auxiliary, y_pred = dict(y_pred.losses), y_pred.outputs
+        outputs, auxiliary = unpacked(y_pred)
+        self._check_auxiliary(auxiliary)
         self._check_auxiliary_weights(auxiliary)
-        preds = self.split(y_pred, "y_pred")
+        preds = self.split(outputs, "y_pred")
         detached = {name: pred.detach() for name, pred in preds.items()}
-        readable = Outputs(self.joined(detached), auxiliary)
-        batches, _, samples = self.align(y_true, readable, sample_weight, mask, checked)
+        batches = self._align(y_true, detached, sample_weight, mask, checked)
         tallies: dict[str, Tally] = {}
         gradients: dict[str, Tensor] = {}
         for plan, batch in zip(self.terms, batches, strict=True):
@@ -176,8 +176,8 @@ class Objective:
         roots = [preds[name] for name in gradients]
         pulls = list(gradients.values())
         for name, value in auxiliary.items():
-            tally = auxiliary_tally(name, value, samples)
-            tallies[name] = detach(tally)
+            tally = auxiliary_tally(name, value, _samples(batches))
+            tallies[name] = replace(tally, numerator=tally.numerator.detach())
             roots.append(torch.as_tensor(tally.value))
             pulls.append(torch.full_like(roots[-1], self.auxiliary_weight(name)))
         # A frozen output or a constant auxiliary loss has nothing to back-propagate.
@@ -203,12 +203,12 @@ class Objective:
             found[name] = auxiliary_tally(name, value, samples)
         return found
 
-    def check_data(self, y: Any, outputs: Any, sample_weight: Any, mask: Any, length: int) -> None:
+    def check_data(self, y: Any, preds: Mapping[str, Tensor], sample_weight: Any, mask: Any, length: int) -> None:
         """All targets of a data set, once, against the shape of the outputs of a few samples.
 
         Args:
             y: targets of the data set.
-            outputs: what the model returned for a few samples.
+            preds: by output, what the model returned for a few samples.
             sample_weight: of the data set.
             mask: of the data set.
             length: number of samples.
@@ -216,7 +216,6 @@ class Objective:
         Raises:
             InputError: shapes that do not fit, labels out of range, probabilities outside [0, 1].
         """
-        preds = self.split(outputs, "y_pred")
         trues = self.split(y, "y_true", required=frozenset(plan.output for plan in self.terms))
         weights = self.split_optional(sample_weight, "sample_weight")
         masks = self.split_optional(mask, "mask")
@@ -236,6 +235,8 @@ class Objective:
 
     def _check_auxiliary(self, auxiliary: Mapping[str, Tensor]) -> None:
         """Names of auxiliary losses are their own: no term, no number of the history has them."""
+        if not auxiliary:
+            return
         taken = {"loss", "last", *(t.name for t in self.terms), *(p.name for p in self.penalties)}
         for name in auxiliary:
             if name in taken:
@@ -267,36 +268,28 @@ class Objective:
 
     # --- the plan ----------------------------------------------------------------------------------------------
 
-    def penalty_tallies(self, model: nn.Module | None) -> dict[str, Tally]:
-        """The regularizers' tallies, differentiable: each is one value a step."""
+    def bound(self, model: nn.Module | None) -> tuple[Penalty, ...]:
+        """The regularizers with the trainable parameters of a model that their patterns name.
+
+        Raises:
+            InputError: there are regularizers, and no model.
+            UnknownNameError: a pattern matches no parameter.
+        """
         if not self.penalties:
-            return {}
+            return ()
         if model is None:
             raise InputError(
                 "The objective has regularizers but no model to read parameters from. "
                 "Pass it: objective(y_true, y_pred, model=net)."
             )
-        found = {}
-        for penalty in self.penalties:
-            values = [penalty.regularizer(p) for p in self.penalized(penalty, model)]
-            total = values[0]
-            for value in values[1:]:
-                total = total + value
-            found[penalty.name] = Tally(total, 1, 1, 1, nonfinite=1 - torch.isfinite(total.detach()).sum())
-        return found
-
-    @staticmethod
-    def penalized(penalty: PenaltyPlan, model: nn.Module) -> list[nn.Parameter]:
-        """The trainable parameters whose name matches.
-
-        Raises:
-            UnknownNameError: the pattern matches none.
-        """
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matched = [p for name, p in named.items() if fnmatch.fnmatchcase(name, penalty.pattern)]
-        if not matched:
-            raise UnknownNameError("parameter pattern in regularizers", penalty.pattern, named)
-        return matched
+        found = []
+        for plan in self.penalties:
+            matched = tuple(p for name, p in named.items() if fnmatch.fnmatchcase(name, plan.pattern))
+            if not matched:
+                raise UnknownNameError("parameter pattern in regularizers", plan.pattern, named)
+            found.append(Penalty(plan.name, plan.regularizer, matched))
+        return tuple(found)
 
     def role(self, name: str) -> str:
         """The role of a term by its name."""
@@ -361,12 +354,6 @@ class Objective:
             "on one output add them: a + b."
         )
 
-    def joined(self, by_name: dict[str, Any]) -> Any:
-        """The inverse of `split`."""
-        if self.structure == "one":
-            return by_name[""]
-        return by_name if self.structure == "dict" else list(by_name.values())
-
     def split_optional(self, value: Any, what: str) -> dict[str, Any]:
         """A weight or mask for each output; a single one is for all of them."""
         if value is None:
@@ -385,9 +372,10 @@ class Objective:
         return dict.fromkeys(self.outputs, value)
 
 
-def detach(tally: Tally) -> Tally:
-    """The tally with a detached numerator."""
-    return replace(tally, numerator=tally.numerator.detach())
+def _samples(batches: list[Aligned]) -> int:
+    """Number of samples of a batch."""
+    first = batches[0].prediction.raw
+    return int(first.shape[0]) if first.ndim else 1
 
 
 def _is_numbers(value: Sequence[Any]) -> bool:

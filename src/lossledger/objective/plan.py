@@ -7,12 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from lossledger import losses, regularizers
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
 from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
 from lossledger.regularizers import Regularizer
-from lossledger.weighting import ClassWeight, check_class_weight, is_number
+from lossledger.tally import Tally
+from lossledger.weighting import ClassWeight, check_class_weight, is_number, not_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +35,27 @@ class TermPlan:
 
 @dataclass(frozen=True, slots=True)
 class PenaltyPlan:
-    """A regularizer, the parameters that it applies to, and the name of its term."""
+    """A regularizer, the pattern of the parameter names that it applies to, and the name of its term."""
 
     name: str
     regularizer: Regularizer
     pattern: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Penalty:
+    """A regularizer together with the parameters of a model that its pattern names."""
+
+    name: str
+    regularizer: Regularizer
+    parameters: tuple[nn.Parameter, ...]
+
+    def tally(self) -> Tally:
+        """The penalty at the weights as they are, differentiable: one value a step."""
+        total = self.regularizer(self.parameters[0])
+        for parameter in self.parameters[1:]:
+            total = total + self.regularizer(parameter)
+        return Tally(total, 1, 1, 1, nonfinite=not_finite(total.detach()).sum())
 
 
 def by_output(loss: Any, names: Sequence[str] | None) -> tuple[dict[str, Loss | Expression | None], str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, LossledgerError, UnknownNameError
-from lossledger.objective import Outputs
+from lossledger.objective import unpacked
 from lossledger.training.data import ArrayData, Data, is_arrays, leaves, make_data, to_device
 from lossledger.training.modes import evaluating
 from lossledger.training.step import StepPlan, run_forward
@@ -91,12 +91,11 @@ def check_targets(plan: StepPlan, data: Data, device: torch.device) -> None:
     probe = to_device(next(iter(data.part(0, min(2, data.length)).batches(2, None))), device)
     with evaluating(plan.net), torch.no_grad():
         outputs = run_forward(plan.forward, probe.x, plan.autocast, device.type)
-    outputs = outputs.outputs if isinstance(outputs, Outputs) else outputs
-    found = objective.split(outputs, "y_pred")
+    found = objective.split(unpacked(outputs)[0], "y_pred")
     # What a model returns beside the outputs with a loss is its own business.
     for name in dict.fromkeys(term.output for term in objective.terms):
         check_output(found[name], name, probe.size)
-    objective.check_data(data.y, outputs, data.sample_weight, data.mask, data.length)
+    objective.check_data(data.y, found, data.sample_weight, data.mask, data.length)
 
 
 def check_output(output: Any, name: str, samples: int) -> None:

@@ -84,7 +84,7 @@ class Fitting:
             callback.on_epoch_begin(epoch, {})
         steps = self.data.steps(self.options.batch_size) if self.options.steps is None else self.options.steps
         show.begin(self._title(epoch), steps)
-        current = loop.Pass(self.plan.objective, self.metrics, self.device, show, "")
+        current = loop.Pass(self.plan.objective, self.metrics, self.device, show)
         length = self.data.length
         order = order_of(length, self.seed, epoch) if length is not None and self.shuffled else None
         result = loop.train_epoch(self.plan, self.data, order, self.options, current, step)
@@ -109,7 +109,7 @@ def evaluated(
 ) -> loop.PassResult:
     """One pass over data while the weights stand still."""
     show.begin("evaluate", data.steps(batch_size) if steps is None else steps)
-    current = loop.Pass(plan.objective, metrics, device, show, "evaluate")
+    current = loop.Pass(plan.objective, metrics, device, show)
     return loop.evaluate_pass(plan, data, batch_size, steps, current, boundary.checked_at_once(data, device))
 
 

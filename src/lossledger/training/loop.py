@@ -60,13 +60,11 @@ class Pass:
         show: the progress display.
     """
 
-    def __init__(
-        self, objective: Objective, plans: tuple[MetricPlan, ...], device: torch.device, show: Show, title: str
-    ) -> None:
+    def __init__(self, objective: Objective, plans: tuple[MetricPlan, ...], device: torch.device, show: Show) -> None:
         self.objective = objective
         self.running = Running(device)
         self.measures = Measures(objective, plans)
-        self.show, self.title = show, title
+        self.show = show
         self.steps = 0
         self._bad_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.started = self._logged = time.perf_counter()
@@ -105,12 +103,15 @@ class Pass:
         tallies = self.running.read()
         self._logged = time.perf_counter()
         if self.show.wants_numbers:
-            self.show.update(self.steps, self._logged - self.started, self.current())
+            self.show.update(self.steps, self._logged - self.started, self._shown(tallies))
         return tallies
 
     def current(self) -> dict[str, float]:
         """The numbers so far, read now; `last` is the loss of the last batch alone."""
-        moving = posting.logs(self.objective, self.running.read())
+        return self._shown(self.running.read())
+
+    def _shown(self, tallies: dict[str, Tally]) -> dict[str, float]:
+        moving = posting.logs(self.objective, tallies)
         last = posting.logs(self.objective, self._last)["loss"]
         return {"loss": moving.pop("loss"), "last": last, **moving, **self._metric_values()}
 
@@ -274,7 +275,7 @@ def evaluate_pass(
             raise EmptyDataError("evaluate: the data gave no batch; expected at least one.")
         _explain_bad(objective, current.log(), recent)
         # The weights stand still, so a penalty on them counts once, not once a batch.
-        current.running.add(objective.penalty_tallies(plan.net))
+        current.running.add({penalty.name: penalty.tally() for penalty in plan.penalties})
     return current.result()
 
 

@@ -15,7 +15,7 @@ from lossledger.errors import InputError, UnknownNameError
 from lossledger.ledger import MetricRow
 from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
-from lossledger.objective import Objective, Outputs
+from lossledger.objective import Objective, unpacked
 from lossledger.training import posting
 from lossledger.training.data import Batch
 
@@ -110,10 +110,8 @@ class Measures:
         """
         if not self._plans:
             return
-        if isinstance(y_pred, Outputs):
-            y_pred = y_pred.outputs
         trues = self._objective.split(batch.y, "y_true", frozenset())
-        preds = self._objective.split(y_pred, "y_pred")
+        preds = self._objective.split(unpacked(y_pred)[0], "y_pred")
         weights = self._objective.split_optional(batch.sample_weight, "sample_weight")
         masks = self._objective.split_optional(batch.mask, "mask")
         with torch.no_grad():

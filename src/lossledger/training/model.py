@@ -137,8 +137,6 @@ class Model:
         names = planning.class_names(class_names)
         self._recipe = _Recipe(loss, loss_weights, regularizers, names, self._output_names)
         objective = self._recipe.objective()
-        for penalty in objective.penalties:
-            objective.penalized(penalty, self.net)
         made = optimizers.make(optimizer, self.net)
         trainable = tuple(p for p in self.net.parameters() if p.requires_grad)
         self._plan = StepPlan(
@@ -147,6 +145,7 @@ class Model:
             objective,
             made,
             trainable,
+            objective.bound(self.net),
             boundary.PRECISIONS[precision],
             clip_norm,
             None if on_nonfinite == "record" else Gate(self.net, made, trainable),
@@ -254,7 +253,7 @@ class Model:
             run_dir=run_dir,
             stopped=lambda: self.stop_training,
         )
-        return History(*self._run(fitting, Show(verbose, epochs), params, average), self.ledger, params)
+        return History(*self._run(fitting, Show(verbose), params, average), self.ledger, params)
 
     def _check(self, plan: StepPlan, data: Data, held: Data | None) -> None:
         boundary.check_targets(plan, data, self._device())
@@ -314,7 +313,7 @@ class Model:
         plan = self._compiled()
         data = make_data(x, y, sample_weight, mask, self._dtype())
         boundary.check_targets(plan, data, self._device())
-        with Show(verbose, 0) as show:
+        with Show(verbose) as show:
             result = evaluated(plan, self._metrics, data, batch_size, steps, show, self._device())
             show.end("evaluate", result.steps, result.seconds, result.logs)
         self.ledger = Ledger("evaluate", provenance(plan, None, batch_size))
@@ -375,7 +374,7 @@ class Model:
     def predict_on_batch(self, x: Any) -> Any:
         """What the model returns for one batch, as NumPy arrays."""
         data = array_data(x, dtype=self._dtype())
-        return self.predict(x, batch_size=data.length)
+        return self.predict(data.x, batch_size=data.length)
 
     # --- weights and summary -----------------------------------------------------------------------------------
 
@@ -413,7 +412,7 @@ class Model:
         return to_device(Batch(data.x, data.y, data.sample_weight, data.mask), self._device())
 
     def _single(self, objective: Objective) -> loop.Pass:
-        return loop.Pass(objective, self._metrics, self._device(), Show(0, 0), "")
+        return loop.Pass(objective, self._metrics, self._device(), Show(0))
 
 
 def _as_keras(logs: dict[str, float]) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lossledger.errors import EmptyDataError, InputTypeError
-from lossledger.objective import Outputs
+from lossledger.objective import unpacked
 from lossledger.training.data import Batch, array_data, check_kind, is_arrays, map_structure, rebuilt, to_device
 from lossledger.training.modes import evaluating
 from lossledger.training.step import Forward, run_forward
@@ -42,8 +42,7 @@ def predict(
     with evaluating(net), torch.inference_mode():
         for one in itertools.islice(inputs, steps):
             outputs = run_forward(forward, to_device(Batch(one), device).x, autocast, device.type)
-            outputs = outputs.outputs if isinstance(outputs, Outputs) else outputs
-            found.append(map_structure(_to_numpy, outputs))
+            found.append(map_structure(_to_numpy, unpacked(outputs)[0]))
     if not found:
         raise EmptyDataError("predict: the data gave no batch; expected at least one.")
     return _concatenate(found)

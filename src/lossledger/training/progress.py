@@ -57,12 +57,10 @@ class Show:
 
     Args:
         verbose: as in Keras.
-        epochs: number of epochs; 0 for an evaluation.
     """
 
-    def __init__(self, verbose: Any, epochs: int) -> None:
+    def __init__(self, verbose: Any) -> None:
         self._style = style(verbose)
-        self._epochs = epochs
         self._console = Console()
         self._progress: Progress | None = None
         self._task: TaskID | None = None

@@ -31,11 +31,9 @@ class Running:
         self._patterns: dict[str, Tally] = {}
         # The sums of each term, slot by slot; a plain number stays one until a batch brings a tensor in its place.
         self._sums: dict[str, list[Tensor | int | float]] = {}
-        self.batches = 0
 
     def add(self, tallies: dict[str, Tally]) -> None:
         """Add the tallies of a batch."""
-        self.batches += 1
         for name, tally in tallies.items():
             values = _slots(tally)
             if name not in self._patterns:

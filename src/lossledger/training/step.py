@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossledger.errors import InputError
-from lossledger.objective import Objective, Outputs, collecting
+from lossledger.objective import Objective, Outputs, Penalty, collecting, unpacked
 from lossledger.tally import Tally
 from lossledger.training.data import Batch
 from lossledger.training.gate import Gate, bad_elements, bad_gradient
@@ -32,6 +32,7 @@ class StepPlan:
         objective: what is minimized.
         optimizer: what updates the parameters.
         parameters: the trainable parameters.
+        penalties: the regularizers with the parameters that they read.
         autocast: dtype of the forward pass, or `None`.
         clip_norm: largest norm of the gradient, or `None`.
         gate: leaves out updates that are not finite; `None` lets them through.
@@ -42,6 +43,7 @@ class StepPlan:
     objective: Objective
     optimizer: Optimizer
     parameters: tuple[nn.Parameter, ...]
+    penalties: tuple[Penalty, ...]
     autocast: torch.dtype | None
     clip_norm: float | None
     gate: Gate | None
@@ -72,9 +74,8 @@ def run_forward(plan_forward: Forward, x: Any, autocast: torch.dtype | None, dev
         outputs = plan_forward(x)
     if not added:
         return outputs
-    if isinstance(outputs, Outputs):
-        return Outputs(outputs.outputs, {**outputs.losses, **added})
-    return Outputs(outputs, added)
+    alone, returned = unpacked(outputs)
+    return Outputs(alone, {**returned, **added})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,10 +111,11 @@ def train_step(plan: StepPlan, batch: Batch, by: str | None, checked: bool = Tru
     outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.parameters[0].device.type)
     result = objective.backprop(batch.y, outputs, batch.sample_weight, batch.mask, by, checked)
     tallies, roots, gradients = result.tallies, result.roots, result.gradients
-    for name, tally in objective.penalty_tallies(plan.net).items():
+    for penalty in plan.penalties:
+        tally = penalty.tally()
         roots.append(tally.numerator)
         gradients.append(torch.ones_like(tally.numerator))
-        tallies[name] = Tally(tally.numerator.detach(), 1, 1, 1, nonfinite=tally.nonfinite)
+        tallies[penalty.name] = replace(tally, numerator=tally.numerator.detach())
     if not roots:
         raise InputError(
             "The loss does not depend on any trainable parameter: expected outputs that require a gradient, received "

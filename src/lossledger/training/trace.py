@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lossledger.errors import LossledgerError, NonFiniteError
-from lossledger.objective import Objective
+from lossledger.objective import Objective, unpacked
 from lossledger.tally import Tally
 from lossledger.training.data import Batch, leaves
 
@@ -76,7 +76,7 @@ def _already_bad(batch: Batch, outputs: Any) -> str:
         ("x", batch.x),
         ("y", batch.y),
         ("sample_weight", batch.sample_weight),
-        ("the output of the model", getattr(outputs, "outputs", outputs)),
+        ("the output of the model", unpacked(outputs)[0]),
     )
     bad = [name for name, value in parts if any(_bad(t) for t in leaves(value))]
     return f" Already not finite: {', '.join(bad)}." if bad else ""
