@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -54,10 +55,7 @@ def _valid_entries(weighting: Weighting) -> Tensor:
     assert weighting.mask is not None
     per_sample = weighting.mask.flatten(1).sum(1)
     size = weighting.mask[0].numel() if weighting.mask.shape[0] else 1
-    elements = 1
-    for length in weighting.shape[1:]:
-        elements *= length
-    return per_sample * (elements // size)
+    return per_sample * (prod(weighting.shape[1:]) // size)
 
 
 def _samples(weighting: Weighting) -> Tensor | int:
@@ -70,10 +68,7 @@ def _inverse_valid(weighting: Weighting) -> Tensor:
     """1 / number of valid elements of the sample, `[B, 1…]`; 0 for a sample without any."""
     shape = (-1, *(1,) * (len(weighting.shape) - 1))
     if weighting.mask is None:
-        elements = 1
-        for length in weighting.shape[1:]:
-            elements *= length
-        return torch.full((1,), 1.0 / elements, dtype=torch.float64).reshape(shape)
+        return torch.full((1,), 1.0 / prod(weighting.shape[1:]), dtype=torch.float64).reshape(shape)
     valid = _valid_entries(weighting).double()
     return (valid > 0).double().div(valid.clamp(min=1)).reshape(shape)
 

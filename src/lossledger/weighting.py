@@ -138,6 +138,11 @@ def split_shape(y_pred: Tensor, where: str) -> tuple[int, ...]:
     return tuple(y_pred.shape[:-1])
 
 
+def selected(mask: Tensor, values: Tensor, safe: float) -> Tensor:
+    """`values` where the mask is set, and `safe` elsewhere; the mask broadcasts to the values."""
+    return torch.where(mask, values, torch.full((), safe, dtype=values.dtype, device=values.device))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Weighting:
     """What each element counts: the mask selects, the weight multiplies.
@@ -188,7 +193,7 @@ class Weighting:
         """`values` with `safe` at masked positions, so that NaN or Inf there reach neither value nor gradient."""
         if self.mask is None:
             return values
-        return torch.where(self.mask, values, torch.full((), safe, dtype=values.dtype, device=values.device))
+        return selected(self.mask, values, safe)
 
 
 def weighting(

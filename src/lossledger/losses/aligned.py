@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lossledger.errors import InputError
 from lossledger.losses.prediction import Prediction
-from lossledger.weighting import ClassWeight, Weighting, as_mask, expand
+from lossledger.weighting import ClassWeight, Weighting, as_mask, expand, selected
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +58,7 @@ def select_leading(y_true: Tensor, y_pred: Tensor, mask: Tensor | None, where: s
     def select(values: Tensor, safe: float) -> Tensor:
         inside = mask.squeeze(-1) if mask.ndim > values.ndim and mask.shape[-1] == 1 else mask
         inside = inside.reshape(*inside.shape, *(1,) * (values.ndim - inside.ndim))
-        return torch.where(inside, values, torch.full((), safe, dtype=values.dtype, device=values.device))
+        return selected(inside, values, safe)
 
     try:
         return select(y_true, 0), select(y_pred, 0.5)

@@ -25,6 +25,7 @@ from lossledger.weighting import (
     check_targets,
     class_vector,
     outside_probabilities,
+    selected,
     shape_of,
     split_shape,
 )
@@ -428,8 +429,7 @@ class SparseCategoricalCrossentropy(_CrossEntropy):
 
     def _safe(self, y_true: Tensor, y_pred: Tensor, weights: Weighting) -> tuple[Tensor, Tensor]:
         assert weights.mask is not None
-        zero = torch.zeros((), dtype=y_true.dtype, device=y_true.device)
-        return torch.where(weights.mask.squeeze(-1), y_true, zero), weights.select(y_pred, 0.5)
+        return selected(weights.mask.squeeze(-1), y_true, 0), weights.select(y_pred, 0.5)
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         if not self.from_logits:

@@ -24,7 +24,7 @@ from lossledger.losses.aligned import Aligned, Late, and_mask
 from lossledger.losses.loss import Loss
 from lossledger.reduction import Reduction
 from lossledger.tally import Tally
-from lossledger.weighting import Weighting, align, check_labels, check_probabilities, shape_of
+from lossledger.weighting import Weighting, align, check_labels, check_probabilities, selected, shape_of
 
 
 class FunctionLoss(Loss):
@@ -192,7 +192,7 @@ class TorchLoss(Loss):
             if not isinstance(self.module, _ELEMENTWISE) and values.ndim > mask.ndim:
                 # The class axis of the output, and of targets that are probabilities, is 1.
                 inside = mask.unsqueeze(1)
-            return torch.where(inside, values, torch.full((), safe, dtype=values.dtype, device=values.device))
+            return selected(inside, values, safe)
 
         return select(y_true, 0), select(y_pred, 0.5)
 

@@ -5,6 +5,8 @@ Each function takes weighted elements (`[B, d…, C]`, detached) and returns the
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -17,10 +19,7 @@ def _columns(values: Tensor | None, weighting: Weighting, device: torch.device) 
     """Σ over all axes but the last of something that broadcasts to the elements; their number for `None`."""
     columns = weighting.shape[-1]
     if values is None:
-        number = 1
-        for length in weighting.shape[:-1]:
-            number *= length
-        return torch.full((columns,), number, dtype=torch.int64, device=device)
+        return torch.full((columns,), prod(weighting.shape[:-1]), dtype=torch.int64, device=device)
     if values.shape != weighting.shape:
         values = values.expand(weighting.shape)
     return values.reshape(-1, columns).sum(0)
@@ -79,9 +78,7 @@ def by_index(
 def by_sample(weighted: Tensor, total: Tensor, weighting: Weighting) -> Groups:
     """One row a sample, in order."""
     samples, device = weighting.shape[0], weighted.device
-    elements = 1
-    for length in weighting.shape[1:]:
-        elements *= length
+    elements = prod(weighting.shape[1:])
 
     def rows(values: Tensor | None) -> Tensor:
         if values is None:
