@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Before any test imports Keras.
+os.environ["KERAS_BACKEND"] = "torch"
 
 settings.register_profile(
     "lossledger", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow], max_examples=30
