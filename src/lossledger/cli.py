@@ -1,4 +1,4 @@
-"""The command line: `lossledger demo`, `lossledger report RUN`, `lossledger compare FILE`."""
+"""The command line: `lossledger demo`, `lossledger report RUN`, `lossledger compare FILE`, `lossledger diff A B`."""
 
 from __future__ import annotations
 
@@ -92,3 +92,25 @@ def compare(file: Path, loss: str, from_logits: bool) -> None:
         case = {name: arrays[name] for name in arrays.files}
     chosen = type(get(loss))(from_logits=True) if from_logits else loss  # type: ignore[call-arg]
     click.echo(str(table_of({**case, "loss": chosen})))
+
+
+@main.command()
+@click.argument("first", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("second", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--split", type=click.Choice(["training", "validation", "test"]), help="The validation where both have it."
+)
+@click.option("--epoch", type=int, help="Of the first run; its last if not given.")
+@click.option("--other-epoch", type=int, help="Of the second run; its last if not given.")
+@click.option("--by", default="class", show_default=True, help="Kind of the groups.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def diff(
+    first: Path, second: Path, split: str | None, epoch: int | None, other_epoch: int | None, by: str, as_json: bool
+) -> None:
+    """Print why the loss of run SECOND differs from that of run FIRST."""
+    import json
+
+    from lossledger.ledger import Ledger
+
+    found = Ledger.open(first).diff(Ledger.open(second), split, epoch, other_epoch, by)
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))

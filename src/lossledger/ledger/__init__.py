@@ -3,7 +3,8 @@
 Imports the standard library only; DuckDB is loaded when a run is saved or opened.
 """
 
+from lossledger.ledger.diff import Diff, DiffRow
 from lossledger.ledger.ledger import Imbalance, Ledger, MetricRow, Row
 from lossledger.ledger.table import Table
 
-__all__ = ["Imbalance", "Ledger", "MetricRow", "Row", "Table"]
+__all__ = ["Diff", "DiffRow", "Imbalance", "Ledger", "MetricRow", "Row", "Table"]

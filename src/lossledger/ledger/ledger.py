@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from lossledger.errors import InputError, LedgerError, UnknownNameError
 from lossledger.ledger import segments
+from lossledger.ledger.diff import Diff, Side, difference
 from lossledger.ledger.table import Table, exact_sum, roll_up
 
 _SQL_TYPES = {"str": "VARCHAR", "int": "BIGINT", "int | None": "BIGINT", "float": "DOUBLE"}
@@ -279,18 +280,69 @@ class Ledger:
             InputError: the ledger holds several runs, or nothing for this split and epoch.
         """
         rows = self._only_book("take the loss of").rows
-        whole = [row for row in rows if row.kind == "term" and row.step is None and row.split == split]
-        epochs = sorted({row.epoch for row in whole})
-        wanted = epochs[-1] if epoch is None and epochs else epoch
-        if wanted not in epochs:
-            known = ", ".join(map(str, epochs)) or "none"
-            raise InputError(f"The ledger has no {split!r} loss for epoch {epoch}; its epochs of this split: {known}.")
+        wanted = self._epoch(split, epoch)
+        whole = [r for r in rows if r.kind == "term" and r.step is None and (r.split, r.epoch) == (split, wanted)]
         # Not sum(): from Python 3.12 it compensates, and would differ from the loss that was optimized.
         loss = 0.0
         for row in whole:
-            if row.epoch == wanted:
-                loss += row.contribution
+            loss += row.contribution
         return loss
+
+    def _epoch(self, split: str, epoch: int | None) -> int:
+        """The epoch asked for, or the last of the split."""
+        rows = self._only_book("take an epoch of").rows
+        epochs = sorted({r.epoch for r in rows if r.kind == "term" and r.step is None and r.split == split})
+        wanted = epochs[-1] if epoch is None and epochs else epoch
+        if wanted is None or wanted not in epochs:
+            known = ", ".join(map(str, epochs)) or "none"
+            raise InputError(f"The ledger has no {split!r} loss for epoch {epoch}; its epochs of this split: {known}.")
+        return wanted
+
+    def diff(
+        self,
+        other: Ledger | None = None,
+        split: str | None = None,
+        epoch: int | None = None,
+        other_epoch: int | None = None,
+        by: str = "class",
+    ) -> Diff:
+        """Why the loss of another run or epoch differs, by group: where counts moved, and where losses moved.
+
+        A group contributes share · mean; the difference is Δshare · (mean of both means), the mix, plus Δmean · (mean
+        of both shares), the rate. The parts of all groups add up to the difference of the two losses.
+
+        Args:
+            other: the second ledger; this one where `other_epoch` is of the same run.
+            split: "training", "validation" or "test"; the validation where both have it.
+            epoch: of this ledger; the last if not given.
+            other_epoch: of the other; the last if not given.
+            by: kind of the groups; terms without such groups are compared as a whole.
+
+        Raises:
+            InputError: different recipes (losses, reductions, weights, smoothing), which are named; several runs; no
+                such split or epoch.
+
+        >>> ledger = Ledger("demo")
+        >>> names = dict(term="mse", role="data", form="linear", kind="term", group="", presence="")
+        >>> sums = dict(count=4, weight=4.0, coefficient=1.0, divisor=4.0, nonfinite=0)
+        >>> ledger.append([
+        ...     Row("training", 1, None, **names, **sums, total=2.0, contribution=0.5),
+        ...     Row("training", 2, None, **names, **sums, total=1.0, contribution=0.25),
+        ... ])
+        >>> ledger.diff(epoch=1, other_epoch=2).rate
+        -0.25
+        """
+        theirs = self if other is None else other
+        if split is None:
+            both = {row.split for row in self.rows} & {row.split for row in theirs.rows}
+            split = next((name for name in ("validation", "test") if name in both), "training")
+        return difference(self._side(split, epoch), theirs._side(split, other_epoch), by)
+
+    def _side(self, split: str, epoch: int | None) -> Side:
+        book = self._only_book("compare")
+        chosen = self._epoch(split, epoch)
+        rows = tuple(r for r in book.rows if r.step is None and (r.split, r.epoch) == (split, chosen))
+        return Side(f"{book.run}, {split}, epoch {chosen}", rows, book.info)
 
     def balance(self, tolerance: float = 1e-6) -> list[Imbalance]:
         """Where the books do not balance: groups whose contributions do not add up to their term's.
