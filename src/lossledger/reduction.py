@@ -15,25 +15,30 @@ With `l` the loss of each entry (the mean of the elements over the class axis), 
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lossledger.errors import InputError, UnknownNameError
+from lossledger.errors import InputError, InputTypeError, UnknownNameError
 from lossledger.weighting import Weighting
 
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """How a loss is divided: an additive statistic of masks and weights, in units of elements.
+    """How a loss is divided: an additive statistic of masks, weights and targets, in units of elements.
 
     Args:
         name: what `get_config` and the ledger call it.
-        statistic: from the weighting of a part to what the part adds to the divisor (a scalar, additive over parts);
-            `None` for a divisor that does not depend on the data (a sum).
+        statistic: from the weighting of a part, or from its weighting and targets, to what the part adds to the
+            divisor: a scalar that adds up over parts, so no `max(1, n)` and no mean. Targets come in the layout of
+            the loss, class axis last, and are 0 where they are masked. `None` for a divisor that does not depend on
+            the data (a sum). Where the divisor is 0, value and gradient are 0.
         rescale: optional factor on each entry, `[B, 1…]`, that must depend on the sample alone.
 
     Example:
@@ -43,11 +48,51 @@ class Reduction:
         >>> import lossledger as ll
         >>> float(ll.losses.MeanSquaredError(reduction=per_sample)([[0.0, 0.0]], [[1.0, 3.0]]))
         10.0
+
+        The sum over the elements, divided by the number of entries that have an object:
+
+        >>> per_object = Reduction("per_object", lambda w, y_true: y_true.amax(-1).sum())
+        >>> boxes, found = [[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 2.0], [0.0, 1.0]]
+        >>> float(ll.losses.MeanSquaredError(reduction=per_object)(boxes, found))          # (1 + 4 + 0) / 2
+        2.5
     """
 
     name: str
-    statistic: Callable[[Weighting], Tensor | int] | None
+    statistic: Callable[[Weighting], Tensor | int] | Callable[[Weighting, Tensor], Tensor | int] | None
     rescale: Callable[[Weighting], Tensor] | None = None
+    _divisor: Callable[[Weighting, Tensor], Tensor | int] | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_divisor", None if self.statistic is None else _of_two(self.statistic, self.name))
+
+    def divisor(self, weighting: Weighting, y_true: Tensor) -> Tensor | int | None:
+        """What a part of the data adds to the divisor; `None` for a divisor that does not depend on the data.
+
+        Args:
+            weighting: masks and weights of the part.
+            y_true: its targets, in the layout of the loss.
+        """
+        return None if self._divisor is None else self._divisor(weighting, y_true)
+
+
+def _of_two(statistic: Any, name: str) -> Callable[[Weighting, Tensor], Tensor | int]:
+    """A statistic as a function of weighting and targets; its arguments are counted once, not in each step.
+
+    Raises:
+        InputTypeError: not callable with one argument or two.
+    """
+    try:
+        parameters = inspect.signature(statistic)
+        for arguments in (2, 1):
+            with contextlib.suppress(TypeError):
+                parameters.bind(*range(arguments))
+                return statistic if arguments == 2 else lambda weighting, _: statistic(weighting)
+    except (TypeError, ValueError):
+        pass
+    raise InputTypeError(
+        f"Reduction {name!r}: statistic must be a function of the weighting, or of the weighting and the targets; "
+        f"received {statistic!r}."
+    )
 
 
 def _valid_entries(weighting: Weighting) -> Tensor:

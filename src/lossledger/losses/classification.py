@@ -1,4 +1,4 @@
-"""Cross-entropies: independent columns (binary), exclusive classes (categorical, sparse), and their focal forms.
+"""Cross-entropies: independent columns (binary), exclusive classes (categorical, sparse, soft targets).
 
 Notation: `z` logits, `p` probabilities, `q = clip(p, ε, 1 − ε)` with ε = 1e-7, `y` targets, `K` classes.
 Formulas and defaults are those of keras.losses 3.15; each docstring says where ours differ.
@@ -6,7 +6,9 @@ Formulas and defaults are those of keras.losses 3.15; each docstring says where 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from lossledger.reduction import Reduction
 from lossledger.weighting import (
     ClassWeight,
     Weighting,
+    check_class_weight,
     check_labels,
     check_probabilities,
     check_targets,
@@ -149,65 +152,6 @@ def column_weight(y_true: Tensor, class_weight: ClassWeight, where: str) -> Tens
     return class_vector(class_weight, 2, where=where).to(y_true.device)[(y_true > 0.5).long()]
 
 
-class BinaryFocalCrossentropy(BinaryCrossentropy):
-    """Binary cross-entropy with easy elements turned down: `(1 − p_t)^γ · bce`.
-
-    `p_t = y·p + (1 − y)(1 − p)` is the probability given to the target. With `apply_class_balancing` elements are
-    also multiplied by `y·α + (1 − y)(1 − α)`; otherwise `alpha` has no effect (as in Keras).
-
-    Args:
-        apply_class_balancing: multiply by α.
-        alpha: α in [0, 1], the weight of the present class.
-        gamma: γ ≥ 0; 0 gives binary cross-entropy.
-        from_logits: as for `BinaryCrossentropy`.
-        label_smoothing: as for `BinaryCrossentropy`.
-        axis: class axis.
-        reduction: see `lossledger.reduction`.
-        name: name of the term.
-        dtype: dtype of the result.
-
-    Divides by: unmasked entries × C.
-
-    Raises:
-        InputError: as `BinaryCrossentropy`.
-
-    Example:
-        >>> import lossledger as ll
-        >>> round(float(ll.losses.BinaryFocalCrossentropy(gamma=2)([[0.0, 1.0]], [[0.1, 0.6]])), 4)
-        0.0414
-
-    Source: Lin et al. 2017; keras.losses.BinaryFocalCrossentropy 3.15.
-    """
-
-    def __init__(
-        self,
-        apply_class_balancing: bool = False,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
-        from_logits: bool = False,
-        label_smoothing: float = 0.0,
-        axis: int = -1,
-        reduction: str | Reduction | None = "sum_over_batch_size",
-        name: str | None = "binary_focal_crossentropy",
-        dtype: str | torch.dtype | None = None,
-    ) -> None:
-        super().__init__(from_logits, label_smoothing, axis, reduction, name, dtype)
-        if gamma < 0 or not 0 <= alpha <= 1:
-            raise InputError(f"{self.name}: expected gamma >= 0 and alpha in [0, 1], received {gamma!r} and {alpha!r}.")
-        self.apply_class_balancing = apply_class_balancing
-        self.alpha = alpha
-        self.gamma = gamma
-
-    def _elements(self, batch: Aligned) -> Tensor:
-        y, bce = self._targets(batch), super()._elements(batch)
-        p = batch.prediction.sigmoid() if self.from_logits else batch.prediction.raw
-        focal = (1 - (y * p + (1 - y) * (1 - p))) ** self.gamma * bce
-        return focal * (y * self.alpha + (1 - y) * (1 - self.alpha)) if self.apply_class_balancing else focal
-
-    def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
-        return None
-
-
 class CategoricalCrossentropy(_CrossEntropy):
     """Cross-entropy of exclusive classes with one-hot or soft targets.
 
@@ -263,7 +207,7 @@ class CategoricalCrossentropy(_CrossEntropy):
         if self.from_logits:
             return -(y * batch.prediction.log_softmax()).sum(-1, keepdim=True)
         p = batch.prediction.raw
-        return self._flagged_entry(-(y * _normalised(p).log()).sum(-1, keepdim=True), batch.prediction)
+        return self._flagged_entry(-(y * normalised(p).log()).sum(-1, keepdim=True), batch.prediction)
 
     def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
         elements, y, p = self._elements(batch), self._targets(batch), batch.prediction.raw
@@ -288,64 +232,90 @@ class CategoricalCrossentropy(_CrossEntropy):
         return vector[y_true.argmax(-1)].unsqueeze(-1)
 
 
-def _normalised(p: Tensor) -> Tensor:
+def normalised(p: Tensor) -> Tensor:
     """Probabilities that sum to 1 over the classes, clipped away from 0 and 1."""
     return (p / p.sum(-1, keepdim=True)).clamp(EPSILON, 1 - EPSILON)
 
 
-class CategoricalFocalCrossentropy(CategoricalCrossentropy):
-    """Categorical cross-entropy with easy entries turned down: `Σ_k α (1 − q_k)^γ · (−y_k log q_k)`.
+class SoftCategoricalCrossentropy(CategoricalCrossentropy):
+    """Cross-entropy of class probabilities as targets, with class weights inside the sum: `−Σ_k w_k y_k log q_k`.
+
+    Without weights it is `CategoricalCrossentropy`, which takes soft targets as well. The two differ in what a class
+    weight does: there `class_weight` is one number an entry, that of the class with the largest target; here each
+    class of the target has its own. On one-hot targets both are the same.
 
     Args:
-        alpha: α, one number or one a class; always multiplies (as in Keras).
-        gamma: γ ≥ 0.
+        class_weights: w, one number a class, finite and not negative; 1 without it. `class_weight` of `tally`, `fit`
+            or an objective, by index or name, multiplies it.
         from_logits: as for `CategoricalCrossentropy`.
-        label_smoothing: as for `CategoricalCrossentropy`.
+        label_smoothing: as for `CategoricalCrossentropy`; the weights multiply the smoothed targets.
         axis: class axis.
         reduction: see `lossledger.reduction`.
         name: name of the term.
         dtype: dtype of the result.
 
-    Divides by: unmasked entries.
+    Shapes: targets and output `[B, d…, K]`; entries, weights and masks `[B, d…]`. `by="class"` groups entries by the
+    argmax of the target before smoothing and weights.
+
+    Divides by: unmasked entries, as torch.nn.CrossEntropyLoss does when its targets are probabilities. With integer
+        targets torch divides by Σ of the weights of the labels: that is `CategoricalCrossentropy` or
+        `SparseCategoricalCrossentropy` with `class_weight` and the reduction `mean_with_sample_weight`.
 
     Raises:
-        InputError: as `CategoricalCrossentropy`.
+        InputError: as `CategoricalCrossentropy`; another number of class weights than classes.
 
     Example:
         >>> import lossledger as ll
-        >>> round(float(ll.losses.CategoricalFocalCrossentropy()([[0.0, 1.0]], [[0.1, 0.9]])), 6)
-        0.000263
+        >>> soft = ll.losses.SoftCategoricalCrossentropy(class_weights=[1.0, 3.0])
+        >>> round(float(soft([[0.25, 0.75]], [[0.5, 0.5]])), 4)           # (1 · 0.25 + 3 · 0.75) · log 2
+        1.7329
 
-    Source: Lin et al. 2017; keras.losses.CategoricalFocalCrossentropy 3.15.
+    Source: torch.nn.CrossEntropyLoss 2.13 with probabilities as targets.
     """
 
     def __init__(
         self,
-        alpha: float | tuple[float, ...] = 0.25,
-        gamma: float = 2.0,
+        class_weights: Sequence[float] | Tensor | None = None,
         from_logits: bool = False,
         label_smoothing: float = 0.0,
         axis: int = -1,
         reduction: str | Reduction | None = "sum_over_batch_size",
-        name: str | None = "categorical_focal_crossentropy",
+        name: str | None = "soft_categorical_crossentropy",
         dtype: str | torch.dtype | None = None,
     ) -> None:
         super().__init__(from_logits, label_smoothing, axis, reduction, name, dtype)
-        if gamma < 0:
-            raise InputError(f"{self.name}: expected gamma >= 0, received {gamma!r}.")
-        self.alpha = tuple(alpha) if isinstance(alpha, list | tuple) else alpha
-        self.gamma = gamma
+        if isinstance(class_weights, Mapping):
+            raise InputError(
+                f"{self.name}: class_weights must be one number a class, since the number of classes is not known "
+                f"here; received {class_weights!r}. Weights by index or name go to class_weight of fit or Objective."
+            )
+        if class_weights is not None:
+            check_class_weight(class_weights, self.name)
+            class_weights = tuple(class_vector(class_weights, len(class_weights), where=self.name).tolist())
+        self.class_weights = class_weights
 
-    def _elements(self, batch: Aligned) -> Tensor:
-        y = self._targets(batch)
-        p = batch.prediction.softmax() if self.from_logits else batch.prediction.raw
-        q = _normalised(p)
-        alpha = torch.as_tensor(self.alpha, dtype=q.dtype, device=q.device)
-        entries = (alpha * (1 - q) ** self.gamma * (-y * q.log())).sum(-1, keepdim=True)
-        return entries if self.from_logits else self._flagged_entry(entries, batch.prediction)
+    def align(
+        self,
+        y_true: Any,
+        y_pred: Any,
+        sample_weight: Any = None,
+        mask: Any = None,
+        class_weight: ClassWeight | None = None,
+        where: str | None = None,
+        checked: bool = False,
+    ) -> Aligned:
+        """One batch, checked; class weights stay apart from sample weights, since they belong inside the sum."""
+        batch = super().align(y_true, y_pred, sample_weight, mask, None, where, checked)
+        given = [
+            class_vector(weights, batch.y_true.shape[-1], where=batch.where).to(batch.prediction.raw)
+            for weights in (self.class_weights, class_weight)
+            if weights is not None
+        ]
+        return replace(batch, column_weight=torch.stack(given).prod(0)) if given else batch
 
-    def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
-        return None
+    def _targets(self, batch: Aligned) -> Tensor:
+        y = super()._targets(batch)
+        return y if batch.column_weight is None else y * batch.column_weight
 
 
 class SparseCategoricalCrossentropy(_CrossEntropy):
@@ -441,7 +411,7 @@ class SparseCategoricalCrossentropy(_CrossEntropy):
         if self.from_logits:
             return -batch.prediction.log_softmax().gather(-1, labels)
         p = batch.prediction.raw
-        entries = -_normalised(p).gather(-1, labels).log()
+        entries = -normalised(p).gather(-1, labels).log()
         return torch.where(outside_probabilities(p.detach()).any(-1, keepdim=True), torch.nan, entries)
 
     def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:

@@ -107,6 +107,20 @@ _FUNCTIONS: dict[Any, type[nn.Module]] = {
 }
 
 
+# Ours for those of torch that take more than an input and a target.
+_OURS = {
+    nn.GaussianNLLLoss: "GaussianNegativeLogLikelihood",
+    nn.MarginRankingLoss: "MarginRanking",
+    nn.TripletMarginLoss: "Triplet",
+}
+
+
+def _remedy(module: nn.Module) -> str:
+    ours = _OURS.get(type(module))
+    wrap = "rap it: lambda y_true, y_pred: module(…)."
+    return f"W{wrap}" if ours is None else f"Use lossledger.losses.{ours}, or w{wrap}"
+
+
 # Names of terms: the function without its suffix.
 _NAMES = {module: function.__name__.removesuffix("_loss") for function, module in _FUNCTIONS.items()}
 
@@ -138,7 +152,7 @@ class TorchLoss(Loss):
         if not isinstance(module, _ELEMENTWISE + _INDEXED + _PER_SAMPLE):
             raise InputTypeError(
                 f"torch.nn.{type(module).__name__} takes more than an input and a target; expected one of torch's "
-                "losses of two arguments. Wrap it: lambda y_true, y_pred: module(…)."
+                f"losses of two arguments. {_remedy(module)}"
             )
         kind = str(getattr(module, "reduction", "mean"))
         super().__init__(name or _NAMES[type(module)], "sum" if kind == "sum" else "none" if kind == "none" else "mean")
@@ -216,8 +230,7 @@ class TorchLoss(Loss):
     def _own_divisor(self, batch: Aligned) -> Tensor | int | None:
         if self._batchmean:
             # Samples that have anything to say.
-            statistic = reductions.get("mean_per_sample").statistic
-            return None if statistic is None else statistic(batch.weighting)
+            return reductions.get("mean_per_sample").divisor(batch.weighting, batch.y_true)
         weight = getattr(self.module, "weight", None)
         if weight is None or not self._indexed(batch.y_true):
             return None

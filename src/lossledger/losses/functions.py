@@ -1,25 +1,29 @@
-"""The losses as functions: one value an entry, unreduced, with the names and arguments of keras.losses.
+"""The losses as functions: one value an entry, unreduced; those of keras.losses have its names and arguments.
 
 A function is its class with the reduction `none`, so the formula stands in one place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lossledger.losses.classification import (
     BinaryCrossentropy,
-    BinaryFocalCrossentropy,
     CategoricalCrossentropy,
-    CategoricalFocalCrossentropy,
+    SoftCategoricalCrossentropy,
     SparseCategoricalCrossentropy,
 )
+from lossledger.losses.contrastive import InfoNCE, NTXent
 from lossledger.losses.divergence import CategoricalGeneralizedCrossEntropy, KLDivergence
+from lossledger.losses.focal import AsymmetricMultiLabel, BinaryFocalCrossentropy, CategoricalFocalCrossentropy
 from lossledger.losses.hinge import CategoricalHinge, Hinge, SquaredHinge
-from lossledger.losses.metric_learning import Circle
+from lossledger.losses.likelihood import GaussianNegativeLogLikelihood, PoissonNegativeLogLikelihood
+from lossledger.losses.metric_learning import Circle, SupervisedContrastive, TripletHard, TripletSemiHard
 from lossledger.losses.overlap import Dice, Jaccard, Tversky
+from lossledger.losses.ranking import Contrastive, MarginRanking, Triplet
 from lossledger.losses.regression import (
     CosineSimilarity,
     Huber,
@@ -29,6 +33,7 @@ from lossledger.losses.regression import (
     MeanSquaredError,
     MeanSquaredLogarithmicError,
     Poisson,
+    Quantile,
 )
 from lossledger.losses.sequence import CTC
 
@@ -173,3 +178,90 @@ def ctc(y_true: Any, y_pred: Any) -> Tensor:
 def circle(y_true: Any, y_pred: Any, remove_diagonal: bool = True, gamma: float = 80.0, margin: float = 0.4) -> Tensor:
     """The circle loss of each sample among those of its batch, `[B]`; see `Circle`."""
     return Circle(gamma, margin, remove_diagonal, "none")(y_true, y_pred)
+
+
+def soft_categorical_crossentropy(
+    y_true: Any,
+    y_pred: Any,
+    class_weights: Sequence[float] | Tensor | None = None,
+    from_logits: bool = False,
+    label_smoothing: float = 0.0,
+    axis: int = -1,
+) -> Tensor:
+    """The cross-entropy of each entry with class probabilities, `[B, d…]`; see `SoftCategoricalCrossentropy`."""
+    return SoftCategoricalCrossentropy(class_weights, from_logits, label_smoothing, axis, "none")(y_true, y_pred)
+
+
+def asymmetric_multi_label(
+    y_true: Any,
+    y_pred: Any,
+    gamma_positive: float = 1.0,
+    gamma_negative: float = 4.0,
+    clip: float = 0.05,
+    from_logits: bool = False,
+    label_smoothing: float = 0.0,
+    axis: int = -1,
+) -> Tensor:
+    """The asymmetric loss of each entry, `[B, d…]`; see `AsymmetricMultiLabel`."""
+    return AsymmetricMultiLabel(gamma_positive, gamma_negative, clip, from_logits, label_smoothing, axis, "none")(
+        y_true, y_pred
+    )
+
+
+def quantile(y_true: Any, y_pred: Any, quantile: float | Sequence[float] = 0.5) -> Tensor:
+    """The pinball loss of each entry, `[B, d…]`; see `Quantile`."""
+    return Quantile(quantile, "none")(y_true, y_pred)
+
+
+def gaussian_negative_log_likelihood(
+    y_true: Any, y_pred: Any, log_variance: bool = False, full: bool = False, eps: float = 1e-6
+) -> Tensor:
+    """The negative log-likelihood of each entry, `[B, d…]`; see `GaussianNegativeLogLikelihood`."""
+    return GaussianNegativeLogLikelihood(log_variance, full, eps, "none")(y_true, y_pred)
+
+
+def poisson_negative_log_likelihood(
+    y_true: Any, y_pred: Any, log_input: bool = True, full: bool = False, eps: float = 1e-8
+) -> Tensor:
+    """The negative log-likelihood of each entry, `[B, d…]`; see `PoissonNegativeLogLikelihood`."""
+    return PoissonNegativeLogLikelihood(log_input, full, eps, "none")(y_true, y_pred)
+
+
+def margin_ranking(y_true: Any, y_pred: Any, margin: float = 0.0) -> Tensor:
+    """The ranking loss of each pair of scores, `[B, d…]`; see `MarginRanking`."""
+    return MarginRanking(margin, "none")(y_true, y_pred)
+
+
+def contrastive(y_true: Any, y_pred: Any, margin: float = 1.0) -> Tensor:
+    """The contrastive loss of each pair of embeddings, `[B, d…]`; see `Contrastive`."""
+    return Contrastive(margin, "none")(y_true, y_pred)
+
+
+def triplet(y_true: Any, y_pred: Any, margin: float = 1.0, squared: bool = False) -> Tensor:
+    """The triplet loss of each given triplet, `[B, d…]`; see `Triplet`."""
+    return Triplet(margin, squared, "none")(y_true, y_pred)
+
+
+def triplet_hard(y_true: Any, y_pred: Any, margin: float = 1.0, squared: bool = False) -> Tensor:
+    """The triplet loss of each sample with the hardest partners of its batch, `[B]`; see `TripletHard`."""
+    return TripletHard(margin, squared, "none")(y_true, y_pred)
+
+
+def triplet_semi_hard(y_true: Any, y_pred: Any, margin: float = 1.0, squared: bool = False) -> Tensor:
+    """The triplet loss of each sample with semi-hard negatives of its batch, `[B]`; see `TripletSemiHard`."""
+    return TripletSemiHard(margin, squared, "none")(y_true, y_pred)
+
+
+def supervised_contrastive(y_true: Any, y_pred: Any, temperature: float = 0.1) -> Tensor:
+    """The contrastive loss of each sample among those of its batch, `[B]`; see `SupervisedContrastive`."""
+    return SupervisedContrastive(temperature, "none")(y_true, y_pred)
+
+
+def info_nce(y_true: Any, y_pred: Any, temperature: float = 0.07, symmetric: bool = False) -> Tensor:
+    """The loss of finding its key of each sample, `[B]`; see `InfoNCE`."""
+    return InfoNCE(temperature, symmetric, "none")(y_true, y_pred)
+
+
+def nt_xent(y_true: Any, y_pred: Any, temperature: float = 0.1) -> Tensor:
+    """The loss of finding the other view of each sample, `[B]`; see `NTXent`."""
+    return NTXent(temperature, "none")(y_true, y_pred)

@@ -222,10 +222,8 @@ class Loss:
     def divisor_aligned(self, batch: Aligned) -> Tally:
         """The statistic that divides, without the numerator: known before the model has run."""
         columns = batch.weighting.shape[-1]
-        statistic = reductions.divides(self.reduction, batch.where).statistic
-        if statistic is None:
-            return Tally(0.0, 0, 0, 0, offset=columns)
-        return Tally(0.0, statistic(batch.weighting), 0, 0)
+        divisor = reductions.divides(self.reduction, batch.where).divisor(batch.weighting, batch.y_true)
+        return Tally(0.0, 0, 0, 0, offset=columns) if divisor is None else Tally(0.0, divisor, 0, 0)
 
     def backprop_aligned(
         self, batch: Aligned, window: Tally | None, factor: float, by: By = None
@@ -369,15 +367,13 @@ class Loss:
         total = elements if product is None else elements * product
         weighted = total if reduction.rescale is None else total * reduction.rescale(weights).to(total)
         numerator = weighted.sum()
-        divisor: Tensor | int = 0
-        if reduction.statistic is not None:
-            divisor = reduction.statistic(weights)
+        divisor = reduction.divisor(weights, batch.y_true)
         return Tally(
             numerator,
-            divisor,
+            0 if divisor is None else divisor,
             weights.count(),
             weights.total_weight(),
-            offset=elements.shape[-1] if reduction.statistic is None else 0,
+            offset=elements.shape[-1] if divisor is None else 0,
             nonfinite=_nonfinite(total.detach(), numerator.detach()),
             groups=None if by is None else self._groups(batch, weighted.detach(), total.detach(), weights, by),
         )

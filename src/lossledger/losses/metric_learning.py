@@ -1,24 +1,22 @@
-"""Losses of embeddings: what counts is which samples of a batch are near each other."""
+"""Losses of embeddings with labels: what counts is which samples of a batch are near each other.
+
+All are batch-coupled: the value of a split is not the value of the whole.
+"""
 
 from __future__ import annotations
-
-from dataclasses import replace
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lossledger.errors import InputError
-from lossledger.losses.aligned import Aligned, Late, and_mask
-from lossledger.losses.elementwise import ElementLoss
-from lossledger.losses.prediction import Prediction
-from lossledger.losses.regression import refuse_class_weight
+from lossledger.losses.coupled import Labelled, check_temperature, log_sum_exp
+from lossledger.losses.ranking import check_margin
+from lossledger.losses.regression import direction
 from lossledger.reduction import Reduction
-from lossledger.weighting import ClassWeight, Weighting, as_tensor, shape_of, split_shape
 
 
-class Circle(ElementLoss):
+class Circle(Labelled):
     """Embeddings of one label together, of others apart; batch-coupled: parts of a batch do not add up to the whole.
 
     Of an anchor `softplus(log Σ_pos exp(−γ(m + d)₊(m − d)) + log Σ_neg exp(γ(1 + m − d)₊(1 − m − d)))`, with
@@ -54,10 +52,6 @@ class Circle(ElementLoss):
         leaves out those that underflow, and lets masked samples be partners).
     """
 
-    classes_are: ClassVar[str | None] = None
-    additive: ClassVar[bool] = False
-    """Whether tallies of parts of a batch add up to the tally of the whole."""
-
     def __init__(
         self,
         gamma: float = 80.0,
@@ -74,78 +68,192 @@ class Circle(ElementLoss):
         self.margin = margin
         self.remove_diagonal = remove_diagonal
 
-    def align(
-        self,
-        y_true: Any,
-        y_pred: Any,
-        sample_weight: Any = None,
-        mask: Any = None,
-        class_weight: ClassWeight | None = None,
-        where: str | None = None,
-        checked: bool = False,
-    ) -> Aligned:
-        """One batch; targets become `[B, 2]`, the label and whether the sample takes part."""
-        batch = super().align(y_true, y_pred, sample_weight, mask, class_weight, where, checked)
-        labels, vectors = batch.y_true, batch.prediction.raw
-        present = torch.ones_like(labels, dtype=torch.bool)
-        if mask is not None:
-            given = as_tensor(mask, f"{batch.where}: mask", device=labels.device)
-            present = and_mask(present, given, batch.weighting.shape, batch.where)
-            labels = labels.where(present, torch.zeros_like(labels))
-            vectors = vectors.where(present.unsqueeze(-1), torch.zeros_like(vectors))
-        return replace(
-            batch,
-            y_true=torch.stack((labels, present.to(labels.dtype)), -1),
-            prediction=batch.prediction if mask is None else Prediction(vectors),
-        )
-
-    def _align(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[Tensor, Tensor]:
-        split_shape(y_pred, where)
-        labels = y_true.squeeze(-1) if y_true.ndim == 2 and y_true.shape[-1] == 1 else y_true
-        if y_pred.ndim != 2 or labels.shape != y_pred.shape[:1]:
-            raise InputError(
-                f"{where}: expected one label a sample, [B] or [B, 1], and embeddings [B, D]; received y_true "
-                f"{shape_of(y_true)} and y_pred {shape_of(y_pred)}. One-hot labels become labels with argmax(-1)."
-            )
-        return labels.long() if labels.dtype == torch.bool else labels, y_pred
-
-    def _shape(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[int, ...] | None:
-        return (y_pred.shape[0], 1)
-
-    def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
-        refuse_class_weight("a loss of pairs", class_weight, where)
-
-    def _weighting(self, shape: tuple[int, ...], y_true: Tensor, y_pred: Tensor, given: Late, where: str) -> Weighting:
-        present = and_mask(torch.ones_like(y_true, dtype=torch.bool), given.mask, shape, where)
-        positive, negative = self._partners(y_true, present)
-        counts = present & positive.any(1) & negative.any(1)
-        return super()._weighting(shape, y_true, y_pred, Late(given.sample_weight, counts, given.class_weight), where)
-
-    def _safe(self, y_true: Tensor, y_pred: Tensor, weights: Weighting) -> tuple[Tensor, Tensor]:
-        # A sample without a positive is no anchor, but a negative of others.
-        return y_true, y_pred
-
-    def _partners(self, labels: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        """Which samples (columns) are positives and negatives of which anchors (rows)."""
-        same = labels.unsqueeze(0) == labels.unsqueeze(1)
-        positive, negative = same & present, ~same & present
-        if self.remove_diagonal:
-            positive = positive & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-        return positive, negative
-
-    def _elements(self, batch: Aligned) -> Tensor:
-        labels, present = batch.y_true.unbind(-1)
-        positive, negative = self._partners(labels, present != 0)
-        vectors, m = batch.prediction.raw, self.margin
-        distance = (1 - vectors @ vectors.T).clamp(min=0)
+    def _costs(self, vectors: Tensor, labels: Tensor, present: Tensor) -> Tensor:
+        positive, negative = self._partners(labels, present)
+        m, distance = self.margin, (1 - vectors @ vectors.T).clamp(min=0)
         near = -self.gamma * (m + distance).clamp(min=0) * (m - distance)
         far = self.gamma * (1 + m - distance).clamp(min=0) * (1 - m - distance)
-        exponent = _log_sum_exp(near, positive) + _log_sum_exp(far, negative)
-        counts = positive.any(1) & negative.any(1) & (present != 0)
-        return F.softplus(exponent).where(counts, 0.0).unsqueeze(-1)
+        return F.softplus(log_sum_exp(near, positive) + log_sum_exp(far, negative))
 
 
-def _log_sum_exp(values: Tensor, chosen: Tensor) -> Tensor:
-    """`log Σ exp` over the chosen values of each row, 0 where none is chosen."""
+class _Mined(Labelled):
+    """Triplets that are looked for in the batch, by their distances."""
+
+    def __init__(
+        self,
+        margin: float,
+        squared: bool,
+        reduction: str | Reduction | None,
+        name: str | None,
+        dtype: str | torch.dtype | None,
+    ) -> None:
+        super().__init__(name, reduction, dtype)
+        self.margin = check_margin(margin, self.name)
+        self.squared = squared
+
+    def _distances(self, vectors: Tensor) -> Tensor:
+        # From differences, not from products: near vectors would lose all digits. The gradient at 0 is 0.
+        distance = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
+        return distance.square() if self.squared else distance
+
+
+class TripletHard(_Mined):
+    """Each anchor with its farthest positive and its nearest negative: `max(0, max d(a, p) − min d(a, n) + m)`.
+
+    Batch-coupled: the value of a split is not the value of the whole, for the triplets are looked for in the batch. A
+    masked sample is neither anchor nor partner. A sample weight weighs the anchor.
+
+    Args:
+        margin: m ≥ 0.
+        squared: compare squared Euclidean distances.
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Shapes: labels `[B]` or `[B, 1]`, embeddings `[B, D]`; weights and masks `[B]`.
+
+    Divides by: unmasked samples that have a positive and a negative in the batch.
+
+    Raises:
+        InputError: shapes that do not fit, a negative margin.
+
+    Example:
+        >>> import lossledger as ll
+        >>> points = [[0.0], [1.0], [3.0], [4.5]]
+        >>> ll.losses.triplet_hard([0, 0, 1, 1], points)
+        tensor([0.0000, 0.0000, 0.5000, 0.0000])
+
+    Source: Hermans, Beyer and Leibe 2017 ("batch hard").
+    """
+
+    def __init__(
+        self,
+        margin: float = 1.0,
+        squared: bool = False,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "triplet_hard",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(margin, squared, reduction, name, dtype)
+
+    def _costs(self, vectors: Tensor, labels: Tensor, present: Tensor) -> Tensor:
+        positive, negative = self._partners(labels, present)
+        distance = self._distances(vectors)
+        near, far = _farthest(distance, positive), -_farthest(-distance, negative)
+        return (near - far + self.margin).clamp(min=0)
+
+
+class TripletSemiHard(_Mined):
+    """Each pair of an anchor and a positive with the nearest negative that is farther away than the positive.
+
+    `max(0, d(a, p) − d(a, n) + m)`; where no negative is farther than the positive, n is the farthest one. The loss of
+    an anchor is the mean over its positives.
+
+    Batch-coupled: the value of a split is not the value of the whole, for the triplets are looked for in the batch. A
+    masked sample is neither anchor nor partner. A sample weight weighs the anchor.
+
+    Args:
+        margin: m ≥ 0.
+        squared: compare squared Euclidean distances.
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Shapes: labels `[B]` or `[B, 1]`, embeddings `[B, D]`; weights and masks `[B]`.
+
+    Divides by: unmasked samples that have a positive and a negative in the batch. Other libraries divide by the number
+        of pairs instead, where an anchor with many positives counts more.
+
+    Raises:
+        InputError: shapes that do not fit, a negative margin.
+
+    Example:
+        >>> import lossledger as ll
+        >>> points = [[0.0], [1.0], [1.5], [5.0]]
+        >>> ll.losses.triplet_semi_hard([0, 0, 1, 1], points)
+        tensor([0.5000, 0.0000, 3.0000, 0.5000])
+
+    Source: Schroff, Kalenichenko and Philbin 2015 (with squared distances).
+    """
+
+    def __init__(
+        self,
+        margin: float = 1.0,
+        squared: bool = False,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "triplet_semi_hard",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(margin, squared, reduction, name, dtype)
+
+    def _costs(self, vectors: Tensor, labels: Tensor, present: Tensor) -> Tensor:
+        positive, negative = self._partners(labels, present)
+        distance = self._distances(vectors)
+        # The negatives of each anchor in order; the first behind each positive is found by bisection.
+        ordered = distance.masked_fill(~negative, torch.inf).sort(1).values
+        place = torch.searchsorted(ordered.detach(), distance.detach(), right=True)
+        behind = place < negative.sum(1, keepdim=True)
+        # A column at the end, which no pair with a positive and a negative reads.
+        padded = F.pad(ordered, (0, 1)).masked_fill(F.pad(ordered, (0, 1)).isinf(), 0.0)
+        far = torch.where(behind, padded.gather(1, place), _farthest(distance, negative).unsqueeze(1))
+        missing = (distance - far + self.margin).clamp(min=0).where(positive, 0.0)
+        return missing.sum(1) / positive.sum(1).clamp(min=1)
+
+
+class SupervisedContrastive(Labelled):
+    """Embeddings of one label together: a cross-entropy whose right answers are the positives of an anchor.
+
+    Of an anchor the mean over its positives of `−log (exp(s_ap / τ) / Σ_n exp(s_an / τ))`, with s the cosine and n all
+    samples but the anchor.
+
+    Batch-coupled: the value of a split is not the value of the whole, for the sum runs over the batch. A masked sample
+    is neither anchor nor partner. A sample weight weighs the anchor. Several views of a sample are samples of one
+    label.
+
+    Args:
+        temperature: τ > 0.
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Shapes: labels `[B]` or `[B, 1]`, embeddings `[B, D]` of any length; weights and masks `[B]`.
+
+    Divides by: unmasked samples that have a positive in the batch.
+
+    Raises:
+        InputError: shapes that do not fit, a temperature that is not positive.
+
+    Example:
+        >>> import lossledger as ll
+        >>> points = [[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]
+        >>> ll.losses.supervised_contrastive([0, 0, 1], points, temperature=1.0)   # log(1 + exp(−1))
+        tensor([0.3133, 0.3133, 0.0000])
+
+    Source: Khosla et al. 2020 (their L_out).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "supervised_contrastive",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(name, reduction, dtype)
+        self.temperature = check_temperature(temperature, self.name)
+
+    def _anchors(self, labels: Tensor, present: Tensor) -> Tensor:
+        return present & self._partners(labels, present)[0].any(1)
+
+    def _costs(self, vectors: Tensor, labels: Tensor, present: Tensor) -> Tensor:
+        positive, negative = self._partners(labels, present)
+        unit = direction(vectors)
+        similarity = unit @ unit.T / self.temperature
+        mean = similarity.where(positive, 0.0).sum(1) / positive.sum(1).clamp(min=1)
+        return log_sum_exp(similarity, positive | negative) - mean
+
+
+def _farthest(distance: Tensor, chosen: Tensor) -> Tensor:
+    """The largest of the chosen distances of each row, 0 where none is chosen."""
     some = chosen.any(1, keepdim=True)
-    return values.masked_fill(~chosen, -torch.inf).masked_fill(~some, 0.0).logsumexp(1).where(some.squeeze(1), 0.0)
+    return distance.masked_fill(~chosen, -torch.inf).masked_fill(~some, 0.0).amax(1)

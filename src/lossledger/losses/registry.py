@@ -8,18 +8,21 @@ from typing import Any
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
 from lossledger.losses.classification import (
     BinaryCrossentropy,
-    BinaryFocalCrossentropy,
     CategoricalCrossentropy,
-    CategoricalFocalCrossentropy,
+    SoftCategoricalCrossentropy,
     SparseCategoricalCrossentropy,
 )
+from lossledger.losses.contrastive import InfoNCE, NTXent
 from lossledger.losses.custom import from_callable
 from lossledger.losses.divergence import CategoricalGeneralizedCrossEntropy, KLDivergence
 from lossledger.losses.expression import Expression, factor_of
+from lossledger.losses.focal import AsymmetricMultiLabel, BinaryFocalCrossentropy, CategoricalFocalCrossentropy
 from lossledger.losses.hinge import CategoricalHinge, Hinge, SquaredHinge
+from lossledger.losses.likelihood import GaussianNegativeLogLikelihood, PoissonNegativeLogLikelihood
 from lossledger.losses.loss import Loss, snake_case
-from lossledger.losses.metric_learning import Circle
+from lossledger.losses.metric_learning import Circle, SupervisedContrastive, TripletHard, TripletSemiHard
 from lossledger.losses.overlap import Dice, Jaccard, Tversky
+from lossledger.losses.ranking import Contrastive, MarginRanking, Triplet
 from lossledger.losses.regression import (
     CosineSimilarity,
     Huber,
@@ -29,6 +32,7 @@ from lossledger.losses.regression import (
     MeanSquaredError,
     MeanSquaredLogarithmicError,
     Poisson,
+    Quantile,
 )
 from lossledger.losses.sequence import CTC
 
@@ -55,6 +59,19 @@ CLASSES: dict[str, type[Loss]] = {
         CategoricalHinge,
         CTC,
         Circle,
+        TripletHard,
+        TripletSemiHard,
+        SupervisedContrastive,
+        InfoNCE,
+        NTXent,
+        SoftCategoricalCrossentropy,
+        AsymmetricMultiLabel,
+        Quantile,
+        GaussianNegativeLogLikelihood,
+        PoissonNegativeLogLikelihood,
+        MarginRanking,
+        Contrastive,
+        Triplet,
         Dice,
         Jaccard,
         Tversky,
@@ -71,8 +88,14 @@ _SHORT = {
     "kld": "KLDivergence",
 }
 # Names of functions that are not the class name in snake case, and older names.
-_FUNCTIONS = {"kl_divergence": "KLDivergence", "ctc": "CTC", "logcosh": "LogCosh"}
-_SPELLED = {c: snake_case(c) for c in CLASSES if c not in ("KLDivergence", "CTC")}
+_FUNCTIONS = {
+    "kl_divergence": "KLDivergence",
+    "ctc": "CTC",
+    "info_nce": "InfoNCE",
+    "nt_xent": "NTXent",
+    "logcosh": "LogCosh",
+}
+_SPELLED = {c: snake_case(c) for c in CLASSES if c not in ("KLDivergence", "CTC", "InfoNCE", "NTXent")}
 NAMES: dict[str, type[Loss]] = {
     **CLASSES,
     **{function: CLASSES[name] for name, function in _SPELLED.items()},

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NoReturn
+from collections.abc import Sequence
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
 from lossledger.losses.elementwise import ElementLoss
 from lossledger.reduction import Reduction
-from lossledger.weighting import ClassWeight
+from lossledger.weighting import ClassWeight, is_number, shape_of, split_shape
 
 EPSILON = 1e-7
 
@@ -33,7 +34,7 @@ def refuse_class_weight(kind: str, class_weight: ClassWeight, where: str) -> NoR
     )
 
 
-class _ErrorLoss(ElementLoss):
+class ErrorLoss(ElementLoss):
     """Losses of the difference, column by column."""
 
     classes_are: ClassVar[str | None] = "output"
@@ -42,7 +43,7 @@ class _ErrorLoss(ElementLoss):
         refuse_class_weight("a regression loss", class_weight, where)
 
 
-class MeanSquaredError(_ErrorLoss):
+class MeanSquaredError(ErrorLoss):
     """Mean over the last axis of `e²`.
 
     Args:
@@ -81,7 +82,7 @@ class MeanSquaredError(_ErrorLoss):
         return error.square(), error * 2
 
 
-class MeanAbsoluteError(_ErrorLoss):
+class MeanAbsoluteError(ErrorLoss):
     """Mean over the last axis of `|e|`; the derivative at 0 is 0.
 
     Args:
@@ -120,7 +121,7 @@ class MeanAbsoluteError(_ErrorLoss):
         return error.abs(), error.sign()
 
 
-class Huber(_ErrorLoss):
+class Huber(ErrorLoss):
     """Squared for small errors, linear for large ones: `½e²` where `|e| ≤ δ`, else `δ|e| − ½δ²`.
 
     Args:
@@ -165,7 +166,7 @@ class Huber(_ErrorLoss):
         return self._elements(batch), error.clamp(-self.delta, self.delta)
 
 
-class MeanAbsolutePercentageError(_ErrorLoss):
+class MeanAbsolutePercentageError(ErrorLoss):
     """Mean over the last axis of `100 · |e| / max(|y|, ε)`; the derivative at 0 is 0.
 
     A target of 0 makes an error of 1 count 10⁹ percent.
@@ -206,7 +207,7 @@ class MeanAbsolutePercentageError(_ErrorLoss):
         return self._elements(batch), 100 * error.sign() / batch.y_true.abs().clamp(min=EPSILON)
 
 
-class MeanSquaredLogarithmicError(_ErrorLoss):
+class MeanSquaredLogarithmicError(ErrorLoss):
     """Mean over the last axis of `(log(1 + max(p, ε)) − log(1 + max(y, ε)))²`.
 
     Values below ε are read as ε, so a negative prediction has no gradient.
@@ -251,7 +252,7 @@ class MeanSquaredLogarithmicError(_ErrorLoss):
         return difference.square(), 2 * difference * inside / (1 + p).where(inside, 1.0)
 
 
-class LogCosh(_ErrorLoss):
+class LogCosh(ErrorLoss):
     """Mean over the last axis of `log cosh e = e + softplus(−2e) − log 2`: about `½e²`, then about `|e| − log 2`.
 
     Args:
@@ -291,7 +292,7 @@ class LogCosh(_ErrorLoss):
         return self._elements(batch), (batch.prediction.raw - batch.y_true).tanh()
 
 
-class Poisson(_ErrorLoss):
+class Poisson(ErrorLoss):
     """Negative log-likelihood of counts, up to a constant: mean over the last axis of `p − y·log(p + ε)`.
 
     The output is the rate, so it must be positive: NaN below −ε. `torch.nn.PoissonNLLLoss` reads its logarithm by
@@ -333,7 +334,81 @@ class Poisson(_ErrorLoss):
         return self._elements(batch), 1 - batch.y_true / (batch.prediction.raw + EPSILON)
 
 
-class CosineSimilarity(_ErrorLoss):
+class Quantile(ErrorLoss):
+    """Pinball loss, whose minimum is a quantile of the target: `max(q·(y − p), (q − 1)·(y − p))`.
+
+    An output below the target costs q a unit, above it 1 − q; q = ½ is half the absolute error. The derivative at 0
+    is 0.
+
+    Args:
+        quantile: q in (0, 1). One number: every column of the output is that quantile of its target. A sequence of Q
+            numbers: the output has Q columns, one a quantile, of one target.
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Shapes: with one number targets and output `[B, d…, C]`, `(N,)` is read as `(N, 1)`; with a sequence targets
+    `[B, d…]` or `[B, d…, 1]` and output `[B, d…, Q]`. Several targets of several quantiles are one loss a target.
+
+    Divides by: unmasked entries × C, or × Q.
+
+    Raises:
+        InputError: shapes that do not fit, q outside (0, 1).
+
+    Example:
+        >>> import lossledger as ll
+        >>> round(float(ll.losses.Quantile(0.9)([[1.0, 1.0]], [[0.0, 2.0]])), 4)     # (0.9 + 0.1) / 2
+        0.5
+        >>> float(ll.losses.Quantile([0.25, 0.75])([2.0], [[1.0, 3.0]]))
+        0.25
+
+    Source: Koenker and Bassett 1978.
+    """
+
+    def __init__(
+        self,
+        quantile: float | Sequence[float] = 0.5,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        name: str | None = "quantile",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(name, reduction, dtype)
+        several = not is_number(quantile)
+        numbers = tuple(quantile) if isinstance(quantile, Sequence) and not isinstance(quantile, str) else (quantile,)
+        if not numbers or not all(is_number(q) and 0 < q < 1 for q in numbers):
+            raise InputError(
+                f"{self.name}: quantile must be a number in the open interval (0, 1) or a sequence of such numbers, "
+                f"received {quantile!r}."
+            )
+        self.quantile: Any = numbers if several else quantile
+
+    def _align(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[Tensor, Tensor]:
+        if not isinstance(self.quantile, tuple):
+            return super()._align(y_true, y_pred, where)
+        entries, columns = split_shape(y_pred, where), len(self.quantile)
+        if y_pred.shape[-1:] != (columns,) or tuple(y_true.shape) not in (entries, (*entries, 1)):
+            raise InputError(
+                f"{where}: expected an output [B, …, {columns}], one column a quantile, and targets [B, …] or "
+                f"[B, …, 1]; received y_true {shape_of(y_true)} and y_pred {shape_of(y_pred)}. Give each target of "
+                "several a loss of its own."
+            )
+        # Every column has the same target, so a mask or weight of a single column is possible.
+        return y_true.reshape(*entries, 1).to(y_pred.dtype).expand(y_pred.shape), y_pred
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        return (batch.y_true - batch.prediction.raw) * self._share(batch)
+
+    def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
+        return self._elements(batch), -self._share(batch)
+
+    def _share(self, batch: Aligned) -> Tensor:
+        """What a unit of `y − p` costs: q where the output is too low, q − 1 where it is too high."""
+        p = batch.prediction.raw.detach()
+        q = torch.as_tensor(self.quantile, dtype=p.dtype, device=p.device)
+        return q * (batch.y_true > p) - (1 - q) * (batch.y_true < p)
+
+
+class CosineSimilarity(ErrorLoss):
     """Minus the cosine of the angle between target and output: `−Σ ŷ·p̂` with `v̂ = v / max(‖v‖, ε)`, in [−1, 1].
 
     A zero vector has no direction: its value and its gradient are 0.
@@ -376,10 +451,10 @@ class CosineSimilarity(_ErrorLoss):
         return (*y_pred.shape[:-1], 1)
 
     def _elements(self, batch: Aligned) -> Tensor:
-        return -(_direction(batch.y_true) * _direction(batch.prediction.raw)).sum(-1, keepdim=True)
+        return -(direction(batch.y_true) * direction(batch.prediction.raw)).sum(-1, keepdim=True)
 
 
-def _direction(vectors: Tensor) -> Tensor:
+def direction(vectors: Tensor) -> Tensor:
     """Vectors of length 1 along the last axis; a zero vector stays zero, with gradient 0."""
     square = vectors.square().sum(-1, keepdim=True)
     return vectors * torch.where(square > 0, square.clamp(min=EPSILON**2).rsqrt(), 0.0)
