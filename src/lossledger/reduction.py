@@ -60,10 +60,11 @@ class Reduction:
     name: str
     statistic: Callable[[Weighting], Tensor | int] | Callable[[Weighting, Tensor], Tensor | int] | None
     rescale: Callable[[Weighting], Tensor] | None = None
-    _divisor: Callable[[Weighting, Tensor], Tensor | int] | None = field(init=False, repr=False, compare=False)
+    _reads_targets: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_divisor", None if self.statistic is None else _of_two(self.statistic, self.name))
+        # Once, not in each step.
+        object.__setattr__(self, "_reads_targets", self.statistic is not None and _takes_two(self.statistic, self.name))
 
     def divisor(self, weighting: Weighting, y_true: Tensor) -> Tensor | int | None:
         """What a part of the data adds to the divisor; `None` for a divisor that does not depend on the data.
@@ -72,26 +73,28 @@ class Reduction:
             weighting: masks and weights of the part.
             y_true: its targets, in the layout of the loss.
         """
-        return None if self._divisor is None else self._divisor(weighting, y_true)
+        statistic: Any = self.statistic
+        if statistic is None:
+            return None
+        added: Tensor | int = statistic(weighting, y_true) if self._reads_targets else statistic(weighting)
+        return added
 
 
-def _of_two(statistic: Any, name: str) -> Callable[[Weighting, Tensor], Tensor | int]:
-    """A statistic as a function of weighting and targets; its arguments are counted once, not in each step.
+def _takes_two(statistic: Any, name: str) -> bool:
+    """Whether a statistic reads weighting and targets, or the weighting alone.
 
     Raises:
-        InputTypeError: not callable with one argument or two.
+        InputTypeError: no function of one argument or two.
     """
-    try:
+    if callable(statistic):
         parameters = inspect.signature(statistic)
         for arguments in (2, 1):
             with contextlib.suppress(TypeError):
                 parameters.bind(*range(arguments))
-                return statistic if arguments == 2 else lambda weighting, _: statistic(weighting)
-    except (TypeError, ValueError):
-        pass
+                return arguments == 2
     raise InputTypeError(
         f"Reduction {name!r}: statistic must be a function of the weighting, or of the weighting and the targets; "
-        f"received {statistic!r}."
+        f"received {statistic!r}. Write lambda weighting, y_true: …"
     )
 
 
