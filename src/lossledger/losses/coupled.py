@@ -79,9 +79,11 @@ class BatchCoupled(ElementLoss):
         return y_true, y_pred
 
     def _elements(self, batch: Aligned) -> Tensor:
-        labels, taking_part = batch.y_true.unbind(-1)
+        (labels, taking_part), vectors = batch.y_true.unbind(-1), batch.prediction.raw
+        if len(labels) == 0:
+            return vectors.flatten(1).sum(1, keepdim=True)
         present = taking_part != 0
-        costs = self._costs(batch.prediction.raw, labels, present)
+        costs = self._costs(vectors, labels, present)
         return costs.where(self._anchors(labels, present), 0.0).unsqueeze(-1)
 
 

@@ -112,14 +112,18 @@ class MarginRanking(_Compared):
                 "Labels 0 and 1 become these with 2 * y - 1."
             )
 
-    def _elements(self, batch: Aligned) -> Tensor:
+    def _missing(self, batch: Aligned) -> Tensor:
         lead = batch.prediction.raw[..., :1] - batch.prediction.raw[..., 1:]
-        return (self.margin - batch.y_true * lead).clamp(min=0)
+        return self.margin - batch.y_true * lead
+
+    def _elements(self, batch: Aligned) -> Tensor:
+        return self._missing(batch).clamp(min=0)
 
     def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
-        elements = self._elements(batch)
-        slope = batch.y_true * (elements > 0)
-        return elements, torch.cat((-slope, slope), -1)
+        missing = self._missing(batch)
+        # Equal scores without a margin lie on the edge: they are pulled apart, as autograd and torch do.
+        slope = batch.y_true * (missing >= 0)
+        return missing.clamp(min=0), torch.cat((-slope, slope), -1)
 
 
 class Contrastive(_Compared):
