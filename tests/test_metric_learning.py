@@ -360,6 +360,13 @@ def test_nt_xent_is_supervised_contrastive_with_the_sample_as_label():
     assert float(a) == pytest.approx(float(b), rel=1e-12)
 
 
+def test_a_negative_as_far_as_the_positive_is_not_farther():
+    labels, points = np.array([0, 0, 1, 1]), np.array([[0.0], [1.0], [-1.0], [5.0]])
+    losses = semi_hard(1.0, 1)(labels, points, np.ones(4, bool))
+    assert losses[0] == 0.0  # with the tied negative it would be 1
+    np.testing.assert_allclose(L.triplet_semi_hard(labels, points), losses)
+
+
 def test_hard_triplets_are_those_of_torch():
     """Each anchor's triplet, found by hand, through torch.nn.TripletMarginLoss."""
     labels, vectors = labelled(4, 8)

@@ -149,7 +149,7 @@ def _torch_sparse(batch: Batch) -> tuple[Reduced, str]:
 def _torch_elements(batch: Batch) -> tuple[Tensor, bool]:
     """The losses of elements, and whether the weights divide."""
     if batch.name in _OVERLAP:
-        raise NotSupported(f"torch has no {batch.name}")
+        raise NotSupported(f"torch: no {batch.name} here")
     y, p = keras3.align(tensor(batch.y_true), tensor(batch.y_pred))
     if batch.options.get("label_smoothing") or batch.options.get("axis", -1) != -1:
         raise NotSupported("torch has no such argument")
@@ -162,7 +162,7 @@ def _torch_elements(batch: Batch) -> tuple[Tensor, bool]:
     if batch.name == "BinaryCrossentropy":
         function = F.binary_cross_entropy_with_logits if batch.logits else F.binary_cross_entropy
         return function(p, y, reduction="none"), False
-    raise NotSupported(f"torch has no {batch.name}")
+    raise NotSupported(f"torch: no {batch.name} here")
 
 
 def _of_torch(batch: Batch) -> tuple[Reduced, str]:
