@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Batch": "lossledger.training.data",
+    "Batch": "lossledger.batch",
     "Ledger": "lossledger.ledger",
     "Model": "lossledger.training.model",
     "Objective": "lossledger.objective",
@@ -49,13 +49,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lossledger import conventions, errors, losses, metrics, regularizers, report
+    from lossledger.batch import Batch
     from lossledger.conventions.compare import compare
     from lossledger.ledger import Ledger
     from lossledger.objective import Objective, Outputs, add_loss
     from lossledger.reduction import Reduction
     from lossledger.tally import Tally
     from lossledger.training import callbacks
-    from lossledger.training.data import Batch
     from lossledger.training.model import Model
 
 

@@ -6,6 +6,7 @@ LossledgerError
 │   ├── EmptyDataError           nothing to compute a loss from
 │   └── UnknownNameError         a name that nobody declared, with a suggestion
 ├── InputTypeError (TypeError)   the wrong kind of object or dtype
+├── ReplayError (RuntimeError)    the second round of a window is not the first again
 ├── NonFiniteError (ArithmeticError)   a NaN or an infinity, with the term and the samples it came from
 └── LedgerError (ValueError)     a run folder or segment that cannot be read
 ```
@@ -37,6 +38,10 @@ class InputTypeError(LossledgerError, TypeError):
 
 class NonFiniteError(LossledgerError, ArithmeticError):
     """A NaN or an infinity in the loss, with the term and the samples that it came from."""
+
+
+class ReplayError(LossledgerError, RuntimeError):
+    """The second round of a window gives other statistics than the first: the model is not the same function."""
 
 
 class LedgerError(LossledgerError, ValueError):

@@ -247,6 +247,26 @@ def as_mask(mask: Tensor, what: str) -> Tensor:
     return mask != 0
 
 
+def both(mask: Any, other: Any, what: str) -> Tensor:
+    """True where two masks are: the shorter one holds for all that its entries contain.
+
+    Raises:
+        InputError: leading axes that differ.
+    """
+    one, two = (as_mask(as_tensor(m, what), what) for m in (mask, other))
+    if two.device != one.device:
+        two = two.to(one.device)
+    rank = max(one.ndim, two.ndim)
+    one, two = (m.reshape(*m.shape, *(1,) * (rank - m.ndim)) for m in (one, two))
+    if any(
+        a != b and (axis == 0 or 1 not in (a, b)) for axis, (a, b) in enumerate(zip(one.shape, two.shape, strict=True))
+    ):
+        raise InputError(
+            f"{what}: expected two masks with the same leading axes, received {shape_of(one)} and {shape_of(two)}."
+        )
+    return one & two
+
+
 def expand(values: Tensor, entries: tuple[int, ...], columns: int, what: str) -> Tensor:
     """`values` in the rank of the elements: leading axes match, missing axes become 1.
 

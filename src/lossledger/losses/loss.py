@@ -21,6 +21,7 @@ from lossledger import reduction as reductions
 from lossledger.errors import InputError, InputTypeError
 from lossledger.losses import groups as grouping
 from lossledger.losses.aligned import Aligned, Late, select_leading
+from lossledger.losses.arguments import dtype_of, snake_case
 from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
@@ -60,6 +61,8 @@ class Loss:
 
     space: Space = None
     scalar: str | None = None
+    # Whether tallies of parts of a batch add up to the tally of the whole.
+    additive: ClassVar[bool] = True
     class_axis: int = -1
     # What `by="class"` means, which a subclass of the library declares: "column" (each column has its own target,
     # split by presence), "label" (exclusive classes), "output" (regression columns), or None (no classes).
@@ -74,7 +77,7 @@ class Loss:
     ) -> None:
         self.name = name or self._default_name or snake_case(type(self).__name__)
         self.reduction = reductions.get(reduction)
-        self.dtype = _dtype(dtype)
+        self.dtype = dtype_of(dtype)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """The loss of each entry, `[B, d…]`; a subclass writes this.
@@ -221,9 +224,18 @@ class Loss:
 
     def divisor_aligned(self, batch: Aligned) -> Tally:
         """The statistic that divides, without the numerator: known before the model has run."""
+        if batch.late is not None:
+            # The shape of the entries is known to `call` alone; what it makes of any prediction has that shape.
+            with torch.no_grad():
+                known = self.tally_aligned(batch)
+            return Tally(0.0, known.divisor, 0, 0, offset=known.offset)
         columns = batch.weighting.shape[-1]
         divisor = reductions.divides(self.reduction, batch.where).divisor(batch.weighting, batch.y_true)
         return Tally(0.0, 0, 0, 0, offset=columns) if divisor is None else Tally(0.0, divisor, 0, 0)
+
+    def is_ratio(self, rank: int) -> bool:
+        """Whether the divisor of an output of that many axes depends on the predictions."""
+        return False
 
     def backprop_aligned(
         self, batch: Aligned, window: Tally | None, factor: float, by: By = None
@@ -466,20 +478,6 @@ class Loss:
     def __radd__(self, other: object) -> Expression:
         # sum() starts from the integer 0.
         return 1.0 * self if other == 0 and isinstance(other, int) else NotImplemented
-
-
-def snake_case(name: str) -> str:
-    """`MeanSquaredError` as `mean_squared_error`."""
-    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
-    if not isinstance(found, torch.dtype):
-        raise InputTypeError(f"dtype: expected a torch dtype or its name such as 'float32', received {dtype!r}.")
-    return found
 
 
 def reciprocal(divisor: Any, dtype: torch.dtype) -> Any:

@@ -310,6 +310,9 @@ class _Overlap(ElementLoss):
         tally = self._tally_elements(cells, self._losses(batch, numerator, own), by)
         whole = tally if window is None else window
         product = self._entry_weight(cells)
+        if product is not None:
+            # A number times a mask would be a float32.
+            product = product.to(numerator.dtype)
         weight = 1.0 if product is None else product.squeeze(-1) if rank - 1 in self._reduced(rank) else product
         scale = factor * reciprocal(whole.divisor + whole.offset, numerator.dtype) * weight
         factor_n = scale / (own + self.smooth)

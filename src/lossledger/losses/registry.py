@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
+from lossledger.losses.arguments import snake_case
 from lossledger.losses.classification import (
     BinaryCrossentropy,
     CategoricalCrossentropy,
@@ -19,7 +20,7 @@ from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.focal import AsymmetricMultiLabel, BinaryFocalCrossentropy, CategoricalFocalCrossentropy
 from lossledger.losses.hinge import CategoricalHinge, Hinge, SquaredHinge
 from lossledger.losses.likelihood import GaussianNegativeLogLikelihood, PoissonNegativeLogLikelihood
-from lossledger.losses.loss import Loss, snake_case
+from lossledger.losses.loss import Loss
 from lossledger.losses.metric_learning import Circle, SupervisedContrastive, TripletHard, TripletSemiHard
 from lossledger.losses.overlap import Dice, Jaccard, Tversky
 from lossledger.losses.ranking import Contrastive, MarginRanking, Triplet

@@ -38,6 +38,12 @@ def unpacked(outputs: Any) -> tuple[Any, dict[str, Tensor]]:
     return (outputs.outputs, dict(outputs.losses)) if isinstance(outputs, Outputs) else (outputs, {})
 
 
+def with_added(outputs: Any, added: Mapping[str, Tensor]) -> Outputs:
+    """The outputs of a model together with the losses that its modules added."""
+    alone, returned = unpacked(outputs)
+    return Outputs(alone, {**returned, **added})
+
+
 _collector: contextvars.ContextVar[dict[str, Tensor] | None] = contextvars.ContextVar("auxiliary", default=None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,15 @@ class Term:
 
     def grouped(self, kind: str) -> Tally:
         """The tally of the term, divided over groups."""
+        known = self.tally.groups
+        if known is not None and known.kind == kind:
+            return self.tally
         if self._loss is None or self._batch is None:
+            if self.role == "data":
+                raise InputError(
+                    f"{self.name}: expected the groups that the window was opened with, "
+                    f"{None if known is None else known.kind!r}; received {kind!r}. Open it with by={kind!r}."
+                )
             raise InputError(f"{self.name}: a {self.role} term cannot be divided by {kind!r}; it has one value.")
         with torch.no_grad():
             return self._loss.tally_aligned(self._batch, kind)
@@ -79,6 +87,15 @@ class Breakdown:
 
     total: Tensor
     terms: dict[str, Term]
+
+    @classmethod
+    def of(cls, terms: dict[str, Term]) -> Breakdown:
+        """The sum of the terms, from left to right."""
+        contributions = [term.weight * torch.as_tensor(term.tally.value) for term in terms.values()]
+        total = contributions[0]
+        for contribution in contributions[1:]:
+            total = total + contribution
+        return cls(total, terms)
 
     @property
     def value(self) -> float:
@@ -97,6 +114,19 @@ class Breakdown:
                 f"{name:<{width}}  {term.weight:>8.4g}  {float(term.value):>12.6g}  {float(term.contribution):>12.6g}"
             )
         return "\n".join([*lines, f"{'total':<{width}}  {'':>8}  {'':>12}  {self.value:>12.6g}"])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Whole:
+    """What divides in every micro-batch of a window.
+
+    Args:
+        tallies: by data term, the divisor of the window; of a ratio its numerator too.
+        samples: number of samples of the window, which divides auxiliary losses.
+    """
+
+    tallies: Mapping[str, Tally]
+    samples: Tensor | int
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,21 +7,28 @@ auxiliary losses.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lossledger.errors import EmptyDataError, InputError, UnknownNameError
 from lossledger.losses.aligned import Aligned
+from lossledger.losses.loss import By
+from lossledger.losses.parts import check_part
 from lossledger.objective import plan as planning
 from lossledger.objective.auxiliary import auxiliary_tally, unpacked
-from lossledger.objective.breakdown import Backprop, Breakdown, Term
+from lossledger.objective.breakdown import Backprop, Breakdown, Term, Whole
 from lossledger.objective.plan import Penalty, TermPlan
 from lossledger.tally import Tally
 from lossledger.weighting import ClassWeight, class_vector
+
+if TYPE_CHECKING:
+    from lossledger.window import Window
 
 # Samples whose targets are checked together: bounds the memory of the check.
 CHECKED_AT_ONCE = 4096
@@ -97,11 +104,74 @@ class Objective:
             terms[penalty.name] = Term(penalty.name, "regularizer", 1.0, penalty.tally())
         for name, value in auxiliary.items():
             terms[name] = Term(name, "auxiliary", self.auxiliary_weight(name), auxiliary_tally(name, value, samples))
-        contributions = [term.weight * torch.as_tensor(term.tally.value) for term in terms.values()]
-        total = contributions[0]
-        for contribution in contributions[1:]:
-            total = total + contribution
-        return Breakdown(total, terms)
+        return Breakdown.of(terms)
+
+    # --- a window of micro-batches -----------------------------------------------------------------------------
+
+    def step(self, batches: Iterable[Any], net: nn.Module, by: str | None = "class") -> Breakdown:
+        """Forward and backward of a whole accumulation window: the gradient of one big batch.
+
+        Gradients are added to `.grad`, as `backward` does; the optimizer is yours.
+
+        Args:
+            batches: `Batch`es, `(x, y)` or `(x, y, sample_weight)`, of any sizes.
+            net: the model; its inputs go as in `Model`: a dict by keyword, a tuple by position.
+            by: groups of the breakdown, see `window`.
+
+        Returns:
+            the breakdown of the window, detached.
+
+        Raises:
+            InputError: as `window`.
+
+        Example:
+            >>> import lossledger as ll, torch
+            >>> net = torch.nn.Linear(1, 1)
+            >>> x, y = torch.ones(3, 1), torch.ones(3, 1)
+            >>> b = ll.Objective("mse").step([(x[:1], y[:1]), (x[1:], y[1:])], net)
+            >>> bool(torch.isclose(b.total, (net(x) - y).square().mean()))
+            True
+        """
+        # Rooms above this one are entered when somebody asks for a window.
+        forward = importlib.import_module("lossledger.forward").calling(net)
+        with self.window(batches, net, by) as window:
+            for batch in window:
+                window.backward(forward(batch.x))
+        return window.breakdown
+
+    def window(
+        self, batches: Iterable[Any], model: nn.Module | None = None, by: str | None = "class"
+    ) -> AbstractContextManager[Window]:
+        """The open form of `step`: a window of micro-batches whose gradient is that of one big batch.
+
+        Loop over it and call `window.backward(outputs)` once for each micro-batch. Where the loss needs statistics of
+        the whole window first (ratios over the batch, masks that only the model knows) the loop goes round twice:
+        first without gradients, then, with `window.replaying` set, with them.
+
+        Args:
+            batches: `Batch`es, `(x, y)` or `(x, y, sample_weight)`, of any sizes.
+            model: its regularized parameters are read, its running statistics are updated once, and its gradients are
+                put back when something fails. Not needed for plain modules without regularizers.
+            by: groups of the breakdown: `"class"`, `"sample"`, `"column"`, `"label"`, `"group"` (the ids that the
+                batches carry) or `None`.
+
+        Raises:
+            EmptyDataError: no batch.
+            InputError: a loss whose parts do not add up (pairs of samples, an undeclared scalar), in more than one
+                micro-batch; a loop that was left early.
+            ReplayError: the second round is not the first again.
+
+        Example:
+            >>> import lossledger as ll, torch
+            >>> net, dice = torch.nn.Linear(1, 1), ll.losses.Dice(from_logits="sigmoid")
+            >>> x, y = torch.ones(3, 1), torch.ones(3, 1)
+            >>> with ll.Objective(dice).window([(x[:1], y[:1]), (x[1:], y[1:])], net) as window:
+            ...     for batch in window:
+            ...         window.backward(net(batch.x))
+            >>> bool(torch.isclose(window.breakdown.total, dice(y, net(x))))
+            True
+        """
+        return importlib.import_module("lossledger.window").opened(self, batches, model, by)  # type: ignore[no-any-return]
 
     def align(
         self, y_true: Any, y_pred: Any, sample_weight: Any = None, mask: Any = None, checked: bool = False
@@ -145,10 +215,11 @@ class Objective:
         y_pred: Any,
         sample_weight: Any = None,
         mask: Any = None,
-        by: str | None = "class",
+        by: By = "class",
         checked: bool = True,
+        whole: Whole | None = None,
     ) -> Backprop:
-        """Tallies and gradients of a batch that is a whole window.
+        """Tallies and gradients of a batch: a whole window, or a part of one.
 
         Args:
             y_true: targets.
@@ -157,6 +228,7 @@ class Objective:
             mask: as in a call.
             by: groups of the tallies, for terms that have them.
             checked: values were checked at the data boundary, and are not read here.
+            whole: what divides in the window that the batch is a part of; `None`: the batch is the window.
         """
         outputs, auxiliary = unpacked(y_pred)
         self._check_auxiliary(auxiliary)
@@ -167,8 +239,9 @@ class Objective:
         tallies: dict[str, Tally] = {}
         gradients: dict[str, Tensor] = {}
         for plan, batch in zip(self.terms, batches, strict=True):
-            groups = by if plan.loss.classes_are is not None else None
-            tally, gradient = plan.loss.backprop_aligned(batch, None, plan.coefficient, groups)
+            groups = None if plan.loss.classes_are is None and by == "class" else by
+            window = None if whole is None else whole.tallies[plan.name]
+            tally, gradient = plan.loss.backprop_aligned(batch, window, plan.coefficient, groups)
             tallies[plan.name] = tally
             gradient = plan.loss.restore(gradient, preds[plan.output])
             known = gradients.get(plan.output)
@@ -178,7 +251,8 @@ class Objective:
         for name, value in auxiliary.items():
             tally = auxiliary_tally(name, value, _samples(batches))
             tallies[name] = replace(tally, numerator=tally.numerator.detach())
-            roots.append(torch.as_tensor(tally.value))
+            part = tally if whole is None else replace(tally, divisor=whole.samples)
+            roots.append(torch.as_tensor(part.value))
             pulls.append(torch.full_like(roots[-1], self.auxiliary_weight(name)))
         # A frozen output or a constant auxiliary loss has nothing to back-propagate.
         pairs = [(root, pull) for root, pull in zip(roots, pulls, strict=True) if root.requires_grad]
@@ -202,6 +276,40 @@ class Objective:
         for name, value in auxiliary.items():
             found[name] = auxiliary_tally(name, value, samples)
         return found
+
+    def check_parts(self, batches: Sequence[Aligned]) -> None:
+        """Every loss adds up over parts of a window.
+
+        Raises:
+            InputError: one that does not, with the reason.
+        """
+        for plan, batch in zip(self.terms, batches, strict=True):
+            check_part(plan.loss, batch)
+
+    def is_ratio(self, ranks: Mapping[str, int]) -> bool:
+        """Whether a divisor depends on the predictions, by the number of axes that each term reads."""
+        return any(plan.loss.is_ratio(ranks[plan.name]) for plan in self.terms)
+
+    def divisors(
+        self, y_true: Any, y_pred: Any, sample_weight: Any = None, mask: Any = None, samples: int = 0
+    ) -> dict[str, Tally]:
+        """What divides linear terms in a batch, before the model has run on it.
+
+        Args:
+            y_true: targets of the batch.
+            y_pred: what the model returned for another one; only shapes and dtypes matter.
+            sample_weight: of the batch.
+            mask: of the batch.
+            samples: number of samples of the batch.
+        """
+        found = self.split(unpacked(y_pred)[0], "y_pred")
+        # One harmless number, repeated without memory.
+        like = {
+            name: found[name].new_full((), 0.5).expand(samples, *found[name].shape[1:])
+            for name in dict.fromkeys(plan.output for plan in self.terms)
+        }
+        batches = self._align(y_true, like, sample_weight, mask, checked=True)
+        return {p.name: p.loss.divisor_aligned(b) for p, b in zip(self.terms, batches, strict=True)}
 
     def check_data(self, y: Any, preds: Mapping[str, Tensor], sample_weight: Any, mask: Any, length: int) -> None:
         """All targets of a data set, once, against the shape of the outputs of a few samples.

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossledger.batch import leaves, to_device
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, LossledgerError, UnknownNameError
+from lossledger.forward import run_forward
 from lossledger.objective import unpacked
-from lossledger.training.data import ArrayData, Data, is_arrays, leaves, make_data, to_device
+from lossledger.training.data import ArrayData, Data, is_arrays, make_data
 from lossledger.training.modes import evaluating
-from lossledger.training.step import StepPlan, run_forward
+from lossledger.training.step import StepPlan
 from lossledger.weighting import is_number
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -141,7 +143,9 @@ def whole(value: Any, name: str, least: int = 1) -> int:
     return int(value)
 
 
-def check_fit(batch_size: Any, epochs: Any, initial_epoch: Any, validation_freq: Any, run_dir: Any) -> None:
+def check_fit(
+    batch_size: Any, epochs: Any, accumulate: Any, initial_epoch: Any, validation_freq: Any, run_dir: Any
+) -> None:
     """The counts of `fit`, and its folder.
 
     Raises:
@@ -149,6 +153,7 @@ def check_fit(batch_size: Any, epochs: Any, initial_epoch: Any, validation_freq:
     """
     whole(batch_size, "batch_size")
     whole(epochs, "epochs")
+    whole(accumulate, "accumulate")
     whole(initial_epoch, "initial_epoch", 0)
     whole(validation_freq, "validation_freq")
     if run_dir is not None:
@@ -170,6 +175,11 @@ def steps_of(steps: Any, available: int | None) -> int | None:
             "Train for more epochs instead."
         )
     return wanted
+
+
+def updates_of(batches: int | None, accumulate: int) -> int | None:
+    """Optimizer steps of so many batches; the last one may have fewer batches than the others."""
+    return None if batches is None else -(-batches // accumulate)
 
 
 def seed_of(seed: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,86 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossledger.batch import Batch, as_batch, holds_arrays, leaves, map_structure, to_tensor
 from lossledger.errors import EmptyDataError, InputError, InputTypeError
-from lossledger.weighting import as_mask, as_tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """One batch of data.
-
-    Args:
-        x: what the model is called with: a tensor, a dict or a tuple of tensors.
-        y: targets, in the structure of the outputs; `None` for prediction.
-        sample_weight: `[B]` or as the entries, for all outputs or by output.
-        mask: as `sample_weight`, bool.
-        ids: `[B]`, which samples of the data set these are, if known.
-    """
-
-    x: Any
-    y: Any = None
-    sample_weight: Any = None
-    mask: Any = None
-    ids: Tensor | None = None
-
-    @property
-    def size(self) -> int:
-        """Number of samples."""
-        return int(next(leaves(self.x)).shape[0])
-
-
-def leaves(value: Any) -> Iterator[Tensor]:
-    """The tensors of a structure of dicts, lists and tuples."""
-    if isinstance(value, Mapping):
-        for part in value.values():
-            yield from leaves(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from leaves(part)
-    elif value is not None:
-        yield value
-
-
-def map_structure(fn: Callable[[Any], Any], value: Any) -> Any:
-    """The structure with each array replaced by what `fn` makes of it."""
-    # Most values are a tensor, and every step comes through here.
-    if isinstance(value, Tensor):
-        return fn(value)
-    if value is None:
-        return None
-    if isinstance(value, Mapping):
-        return {key: map_structure(fn, part) for key, part in value.items()}
-    if isinstance(value, tuple) or (isinstance(value, list) and _holds_arrays(value)):
-        return rebuilt(value, [map_structure(fn, part) for part in value])
-    return fn(value)
-
-
-def rebuilt(like: Sequence[Any], parts: list[Any]) -> Any:
-    """The parts as a list, a tuple or a named tuple, as `like` is one."""
-    if isinstance(like, list):
-        return parts
-    return type(like)._make(parts) if hasattr(like, "_make") else tuple(parts)
-
-
-def _holds_arrays(value: Sequence[Any]) -> bool:
-    """Whether a list or tuple is a structure of arrays; one of numbers, or of lists of numbers, is a single array.
-
-    The first part decides: a value that stands for no array (`None`) is never a number.
-    """
-    if not value:
-        return False
-    first = value[0]
-    if isinstance(first, list | tuple):
-        return _holds_arrays(first)
-    return first is None or isinstance(first, Tensor | np.ndarray | Mapping)
-
-
-def to_tensor(value: Any, what: str, dtype: torch.dtype) -> Tensor:
-    """An array as a tensor; floating NumPy arrays take the dtype of the model, tensors keep their own."""
-    tensor = as_tensor(value, what)
-    if not isinstance(value, Tensor) and tensor.is_floating_point():
-        return tensor.to(dtype)
-    return tensor
+from lossledger.weighting import as_mask
 
 
 def _slicer(start: int, stop: int) -> Callable[[Tensor], Tensor]:
@@ -143,7 +66,7 @@ class ArrayData:
             map_structure(take, self.y),
             map_structure(take, self.sample_weight),
             map_structure(take, self.mask),
-            ids,
+            ids=ids,
         )
 
     def part(self, start: int, stop: int) -> ArrayData:
@@ -286,7 +209,7 @@ def is_arrays(x: Any) -> bool:
     first = x[0]
     if isinstance(first, Batch):
         return False
-    return isinstance(x, tuple) or not (isinstance(first, list | tuple) and _holds_arrays(first))
+    return isinstance(x, tuple) or not (isinstance(first, list | tuple) and holds_arrays(first))
 
 
 def read_batch(item: Any, dtype: torch.dtype, position: int) -> Batch:
@@ -296,18 +219,9 @@ def read_batch(item: Any, dtype: torch.dtype, position: int) -> Batch:
         InputTypeError: something else.
         InputError: arrays of different lengths.
     """
-    if isinstance(item, Batch):
-        x, y, weight, mask = item.x, item.y, item.sample_weight, item.mask
-    elif isinstance(item, list | tuple) and 2 <= len(item) <= 3:
-        x, y, weight, mask = item[0], item[1], item[2] if len(item) == 3 else None, None
-    else:
-        raise InputTypeError(
-            f"batch {position}: expected (x, y), (x, y, sample_weight) or a lossledger.Batch; received "
-            f"{type(item).__name__}{f' of {len(item)}' if isinstance(item, list | tuple) else ''}."
-        )
-    data = array_data(x, y, weight, mask, dtype, position)
-    ids = item.ids if isinstance(item, Batch) else None
-    return Batch(data.x, data.y, data.sample_weight, data.mask, ids)
+    batch = as_batch(item, position)
+    data = array_data(batch.x, batch.y, batch.sample_weight, batch.mask, dtype, position)
+    return Batch(data.x, data.y, data.sample_weight, data.mask, batch.groups, batch.ids)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -393,20 +307,3 @@ def order_of(length: int, seed: int, epoch: int) -> Tensor:
     # Seeds of neighbouring epochs must not collide between runs whose seeds are neighbours.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(length, generator=generator)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device of the model."""
-    if device.type == "cpu":
-        return batch
-
-    def move(a: Tensor) -> Tensor:
-        return a.to(device, non_blocking=True)
-
-    return Batch(
-        map_structure(move, batch.x),
-        map_structure(move, batch.y),
-        map_structure(move, batch.sample_weight),
-        map_structure(move, batch.mask),
-        batch.ids,
-    )

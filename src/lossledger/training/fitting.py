@@ -82,8 +82,8 @@ class Fitting:
     def _train(self, epoch: int, step: int, show: Show) -> loop.PassResult:
         for callback in self.options.callbacks:
             callback.on_epoch_begin(epoch, {})
-        steps = self.data.steps(self.options.batch_size) if self.options.steps is None else self.options.steps
-        show.begin(self._title(epoch), steps)
+        batches = self.data.steps(self.options.batch_size) if self.options.steps is None else self.options.steps
+        show.begin(self._title(epoch), boundary.updates_of(batches, self.options.accumulate))
         current = loop.Pass(self.plan.objective, self.metrics, self.device, show)
         length = self.data.length
         order = order_of(length, self.seed, epoch) if length is not None and self.shuffled else None

@@ -12,19 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossledger.batch import Batch, to_device
 from lossledger.errors import EmptyDataError
+from lossledger.forward import run_forward
 from lossledger.objective import Objective
 from lossledger.tally import Tally
 from lossledger.training import posting
 from lossledger.training.callbacks import Callback, overrides
-from lossledger.training.data import Batch, Data, to_device
+from lossledger.training.data import Data
 from lossledger.training.gate import bad_elements
 from lossledger.training.measure import Measures, MetricPlan
 from lossledger.training.modes import evaluating
 from lossledger.training.progress import Show
 from lossledger.training.running import Running
-from lossledger.training.step import StepPlan, StepResult, run_forward, train_step
+from lossledger.training.step import Observe, StepPlan, StepResult, train_step
 from lossledger.training.trace import nonfinite_error
+from lossledger.window import check_replay
 
 LOG_SECONDS = 0.1
 # Batches kept since the last log point, to name the samples of a bad one.
@@ -39,7 +42,7 @@ class PassResult:
         tallies: by term, on the host.
         logs: numbers by name, losses then metrics.
         metrics: results by name, with their classes.
-        steps: number of batches.
+        steps: number of optimizer steps, or of batches where nothing is trained.
         seconds: duration.
     """
 
@@ -64,34 +67,49 @@ class Pass:
         self.objective = objective
         self.running = Running(device)
         self.measures = Measures(objective, plans)
+        self._measured = bool(plans)
+        self._differs: Tensor | None = None
         self.show = show
         self.steps = 0
         self._bad_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.started = self._logged = time.perf_counter()
         self._last: dict[str, Tally] = {}
 
-    def add(
-        self, batch: Batch, tallies: dict[str, Tally], outputs: Any, bad: Tensor | None = None, skip: bool = False
-    ) -> None:
-        """Add a batch; nothing is read.
+    @property
+    def observe(self) -> Observe | None:
+        """Takes each batch of a step for the metrics, before the step is added; `None` when there are none."""
+        return self.measures.collect if self._measured else None
+
+    def add(self, tallies: dict[str, Tally], done: StepResult | None = None, skip: bool = False) -> None:
+        """Add a step; nothing is read.
 
         Args:
-            batch: the batch.
             tallies: by term.
-            outputs: what the model returned.
-            bad: whether the step was left out.
-            skip: leave such a step out of the numbers too.
+            done: what the step left, in training.
+            skip: leave a step that was left out of the weights out of the numbers too.
         """
         self.steps += 1
         self.running.add(tallies)
-        self.measures.add(batch, outputs, bad if skip else None)
+        bad = None if done is None else done.bad
+        self.measures.add(bad if skip else None)
         self._last = tallies
         if bad is not None:
             self._bad_steps += bad
+        if done is not None and done.differs is not None:
+            self._differs = done.differs if self._differs is None else self._differs | done.differs
 
     def bad_steps(self) -> int:
         """Number of steps that were left out; a read."""
         return int(self._bad_steps)
+
+    def check_replays(self) -> None:
+        """The second rounds of windows were their first again; a read, where there were any.
+
+        Raises:
+            ReplayError: one was not.
+        """
+        if self._differs is not None:
+            check_replay(self._differs)
 
     @property
     def due(self) -> bool:
@@ -153,6 +171,7 @@ class TrainOptions:
     """How an epoch of training runs, resolved once in `fit`."""
 
     batch_size: int
+    accumulate: int
     steps: int | None
     by: str | None
     on_nonfinite: str
@@ -173,23 +192,27 @@ def train_epoch(
     device = plan.parameters[0].device
     begin = [c for c in options.callbacks if overrides(c, "on_train_batch_begin")]
     end = [c for c in options.callbacks if overrides(c, "on_train_batch_end")]
-    recent: deque[tuple[int, Batch, StepResult]] = deque(maxlen=RECENT)
+    longest = max(1, RECENT // options.accumulate)
+    recent: deque[tuple[int, tuple[Batch, ...], StepResult]] = deque(maxlen=longest)
     watch, skip = options.on_nonfinite == "raise", options.on_nonfinite == "skip"
     batches = itertools.islice(data.batches(options.batch_size, order), options.steps)
-    for index, host in enumerate(batches):
-        batch = to_device(host, device)
+    windows = iter(lambda: tuple(itertools.islice(batches, options.accumulate)), ())
+    observe = current.observe
+    for index, host in enumerate(windows):
+        window = tuple(map(to_device, host, itertools.repeat(device)))
         for callback in begin:
             callback.on_train_batch_begin(index, {})
-        done = train_step(plan, batch, options.by, options.checked)
+        done = train_step(plan, window, options.by, options.checked, observe)
         tallies = without_bad(done.tallies, done.bad) if skip and done.bad is not None else done.tallies
-        current.add(batch, tallies, done.outputs, done.bad, skip)
+        current.add(tallies, done, skip)
         if options.after_step is not None:
             options.after_step()
         if watch:
             # Outputs are made again if they are asked for: kept, they would hold the memory of many batches.
-            recent.append((first_step + index, batch, replace(done, outputs=None)))
-        if current.due or len(recent) == RECENT:
+            recent.append((first_step + index, window, done))
+        if current.due or len(recent) == longest:
             current.log()
+            current.check_replays()
             if watch:
                 stop_if_bad(plan, current, recent)
             recent.clear()
@@ -200,12 +223,13 @@ def train_epoch(
             "fit: the data gave no batch in this epoch; expected at least one. A generator is exhausted after one "
             "pass: pass a list, a DataLoader, or an object whose __iter__ starts over."
         )
+    current.check_replays()
     if watch:
         stop_if_bad(plan, current, recent)
     return current.result()
 
 
-def stop_if_bad(plan: StepPlan, current: Pass, recent: Sequence[tuple[int, Batch, StepResult]]) -> None:
+def stop_if_bad(plan: StepPlan, current: Pass, recent: Sequence[tuple[int, tuple[Batch, ...], StepResult]]) -> None:
     """Raise the error of the first recent step that was left out, if the count says there was one.
 
     Raises:
@@ -213,11 +237,21 @@ def stop_if_bad(plan: StepPlan, current: Pass, recent: Sequence[tuple[int, Batch
     """
     if not current.bad_steps():
         return
-    for step, batch, done in recent:
+    for step, window, done in recent:
         if done.bad is not None and bool(done.bad):
-            with torch.no_grad(), evaluating(plan.net):
-                outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.parameters[0].device.type)
+            batch, outputs = _first_bad(plan, window)
             raise nonfinite_error(plan.objective, step, done.tallies, batch, outputs)
+
+
+def _first_bad(plan: StepPlan, window: tuple[Batch, ...]) -> tuple[Batch, Any]:
+    """The first batch of a window whose loss is not finite, or else the last, with what the model makes of it now."""
+    with torch.no_grad(), evaluating(plan.net):
+        for batch in window:
+            outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.parameters[0].device.type)
+            found = plan.objective.tallies(batch.y, outputs, batch.sample_weight, batch.mask, None)
+            if bool(bad_elements(found)):
+                break
+    return batch, outputs
 
 
 def without_bad(tallies: dict[str, Tally], bad: Tensor) -> dict[str, Tally]:
@@ -261,12 +295,15 @@ def evaluate_pass(
     device = plan.parameters[0].device if plan.parameters else torch.device("cpu")
     objective = plan.objective
     recent: deque[tuple[Batch, dict[str, Tally], Any]] = deque(maxlen=RECENT)
+    observe = current.observe
     with torch.no_grad(), evaluating(plan.net):
         for host in itertools.islice(data.batches(batch_size, None), steps):
             batch = to_device(host, device)
             outputs = run_forward(plan.forward, batch.x, plan.autocast, device.type)
             tallies = objective.tallies(batch.y, outputs, batch.sample_weight, batch.mask, "class", checked)
-            current.add(batch, tallies, outputs)
+            if observe is not None:
+                observe(batch, outputs)
+            current.add(tallies)
             recent.append((batch, tallies, outputs))
             if current.due or len(recent) == RECENT:
                 _explain_bad(objective, current.log(), recent)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lossledger import metrics
+from lossledger.batch import Batch
 from lossledger.errors import InputError, UnknownNameError
 from lossledger.ledger import MetricRow
 from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
 from lossledger.objective import Objective, unpacked
 from lossledger.training import posting
-from lossledger.training.data import Batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,17 +99,14 @@ class Measures:
         self._objective = objective
         self._plans = plans
         self._sums: dict[str, Tensor] = {}
+        self._step: dict[str, Tensor] = {}
+        self._updates: list[tuple[Any, Tensor, Tensor]] = []
         for p in plans:
             if isinstance(p.metric, metrics.TorchMetric):
                 p.metric.reset()
 
-    def add(self, batch: Batch, y_pred: Any, bad: Tensor | None = None) -> None:
-        """Add a batch; nothing is read. A step that was left out, as `bad` says, is left out here too.
-
-        A torchmetrics object cannot be told on the device: for those `bad` is read.
-        """
-        if not self._plans:
-            return
+    def collect(self, batch: Batch, y_pred: Any) -> None:
+        """Take a batch of the current step; it counts when the step is added. Nothing is read."""
         trues = self._objective.split(batch.y, "y_true", frozenset())
         preds = self._objective.split(unpacked(y_pred)[0], "y_pred")
         weights = self._objective.split_optional(batch.sample_weight, "sample_weight")
@@ -118,15 +115,24 @@ class Measures:
             for p in self._plans:
                 key = p.output
                 if isinstance(p.metric, metrics.TorchMetric):
-                    if bad is None or not bool(bad):
-                        p.metric.update(trues[key], preds[key].detach())
+                    self._updates.append((p.metric, trues[key], preds[key].detach()))
                     continue
                 weight = weights.get(key) if p.weighted else None
-                sums = p.metric.statistics(trues[key], preds[key].detach(), weight, masks.get(key))
-                if bad is not None:
-                    sums = torch.where(bad, torch.zeros_like(sums), sums)
-                known = self._sums.get(p.name)
-                self._sums[p.name] = sums if known is None else known.add_(sums)
+                _add(self._step, p.name, p.metric.statistics(trues[key], preds[key].detach(), weight, masks.get(key)))
+
+    def add(self, bad: Tensor | None = None) -> None:
+        """Add the step whose batches were collected. One that was left out, as `bad` says, is left out here too.
+
+        A torchmetrics object cannot be told on the device: for those `bad` is read.
+        """
+        if not self._plans:
+            return
+        for name, sums in self._step.items():
+            _add(self._sums, name, sums if bad is None else torch.where(bad, torch.zeros_like(sums), sums))
+        if self._updates and (bad is None or not bool(bad)):
+            for metric, y_true, y_pred in self._updates:
+                metric.update(y_true, y_pred)
+        self._step, self._updates = {}, []
 
     def read(self) -> dict[str, metrics.Result]:
         """The metrics so far: one transfer."""
@@ -144,6 +150,11 @@ class Measures:
                 found[p.name] = p.metric.result(part)
                 start += size
         return found
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    known = sums.get(name)
+    sums[name] = value if known is None else known.add_(value)
 
 
 def metric_rows(objective: Objective, results: Mapping[str, metrics.Result], split: str, epoch: int) -> list[MetricRow]:

@@ -10,20 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from lossledger.batch import Batch, to_device
 from lossledger.errors import InputError, InputTypeError
+from lossledger.forward import calling
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
 from lossledger.objective import plan as planning
 from lossledger.training import boundary, loop, measure, optimizers, prediction, weights
 from lossledger.training.average import Average
 from lossledger.training.callbacks import as_callbacks
-from lossledger.training.data import Batch, Data, array_data, make_data, to_device
+from lossledger.training.data import Data, array_data, make_data
 from lossledger.training.fitting import Fitting, evaluated, post
 from lossledger.training.gate import Gate
 from lossledger.training.modes import training
 from lossledger.training.progress import Show
 from lossledger.training.provenance import provenance
-from lossledger.training.step import StepPlan, calling, train_step
+from lossledger.training.step import StepPlan, train_step
 from lossledger.training.summary import summary_table
 
 
@@ -179,6 +181,7 @@ class Model:
         y: Any = None,
         batch_size: int = 32,
         epochs: int = 1,
+        accumulate: int = 1,
         verbose: Any = "auto",
         callbacks: Sequence[Any] | None = None,
         validation_split: float = 0.0,
@@ -201,6 +204,8 @@ class Model:
             y: targets, by output where there are several; not beside an iterable.
             batch_size: samples of a batch; the last batch of an epoch may be smaller.
             epochs: number of the last epoch.
+            accumulate: batches of an optimizer step; its gradient is that of one batch of all their samples. The last
+                step of an epoch may have fewer. Steps of callbacks, progress and ledger are optimizer steps.
             verbose: 0 silent, 1 bar, 2 one line an epoch, "auto" a bar in a terminal and lines elsewhere.
             callbacks: one callback or several, or torch schedulers.
             validation_split: share of the samples, from the end, kept for validation.
@@ -219,15 +224,16 @@ class Model:
         Returns:
             the history, with the ledger.
         """
-        boundary.check_fit(batch_size, epochs, initial_epoch, validation_freq, run_dir)
+        boundary.check_fit(batch_size, epochs, accumulate, initial_epoch, validation_freq, run_dir)
         plan = self._compiled(class_weight)
         data = make_data(x, y, sample_weight, mask, self._dtype())
         data, held = boundary.validation(data, validation_split, validation_data, self._dtype())
         steps = boundary.steps_of(steps_per_epoch, data.steps(batch_size))
         self._check(plan, data, held)
         seed = boundary.seed_of(seed)
-        params = {"epochs": epochs, "steps": steps, "seed": seed}
-        self.ledger = Ledger("run" if run_dir is None else Path(run_dir).name, provenance(plan, seed, batch_size))
+        params = {"epochs": epochs, "steps": boundary.updates_of(steps, accumulate), "seed": seed}
+        made_of = provenance(plan, seed, batch_size, accumulate)
+        self.ledger = Ledger("run" if run_dir is None else Path(run_dir).name, made_of)
         average = Average(plan.parameters, self._ema)
         fitting = Fitting(
             plan=plan,
@@ -238,6 +244,7 @@ class Model:
             validation_freq=validation_freq,
             options=loop.TrainOptions(
                 batch_size=batch_size,
+                accumulate=accumulate,
                 steps=None if steps_per_epoch is None else steps,
                 by="class",
                 on_nonfinite=self._on_nonfinite,
@@ -354,11 +361,11 @@ class Model:
         plan = self._compiled(class_weight)
         batch = self._batch(x, y, sample_weight, mask)
         with training(self.net):
-            done = train_step(plan, batch, None, checked=False)
-        current = self._single(plan.objective)
-        current.add(batch, done.tallies, done.outputs, done.bad)
+            current = self._single(plan.objective)
+            done = train_step(plan, (batch,), None, checked=False, observe=current.observe)
+        current.add(done.tallies, done)
         if self._on_nonfinite == "raise":
-            loop.stop_if_bad(plan, current, [(1, batch, done)])
+            loop.stop_if_bad(plan, current, [(1, (batch,), done)])
         result = current.result()
         return result.logs if return_dict else _as_keras(result.logs)
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lossledger.batch import Batch, map_structure, rebuilt, to_device
 from lossledger.errors import EmptyDataError, InputTypeError
+from lossledger.forward import Forward, run_forward
 from lossledger.objective import unpacked
-from lossledger.training.data import Batch, array_data, check_kind, is_arrays, map_structure, rebuilt, to_device
+from lossledger.training.data import array_data, check_kind, is_arrays
 from lossledger.training.modes import evaluating
-from lossledger.training.step import Forward, run_forward
 
 
 def predict(

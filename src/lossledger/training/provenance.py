@@ -12,7 +12,7 @@ import lossledger
 from lossledger.training.step import StepPlan
 
 
-def provenance(plan: StepPlan, seed: int | None, batch_size: int) -> dict[str, Any]:
+def provenance(plan: StepPlan, seed: int | None, batch_size: int, accumulate: int = 1) -> dict[str, Any]:
     """Recipe, divisors, seed, sizes and versions, as values that JSON can hold."""
     objective = plan.objective
     return {
@@ -24,6 +24,7 @@ def provenance(plan: StepPlan, seed: int | None, batch_size: int) -> dict[str, A
         "optimizer": type(plan.optimizer).__name__,
         "learning_rate": float(plan.optimizer.param_groups[0]["lr"]),
         "batch_size": batch_size,
+        "accumulate": accumulate,
         "seed": seed,
         "parameters": sum(p.numel() for p in plan.parameters),
         "versions": {

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lossledger.batch import Batch
 from lossledger.errors import InputError
-from lossledger.objective import Objective, Outputs, Penalty, collecting, unpacked
+from lossledger.forward import Forward, run_forward
+from lossledger.objective import Objective, Penalty
 from lossledger.tally import Tally
-from lossledger.training.data import Batch
 from lossledger.training.gate import Gate, bad_elements, bad_gradient
 from lossledger.weighting import not_finite
-
-Forward = Callable[[Any], Any]
+from lossledger.window import NO_GRADIENT, Window, propagate, running
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,33 +47,8 @@ class StepPlan:
     gate: Gate | None
 
 
-def calling(net: nn.Module) -> Forward:
-    """How the module takes its inputs: a dict by keyword where forward names the keys, a tuple by position."""
-    parameters = inspect.signature(net.forward).parameters
-    names = {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    any_position = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-
-    def forward(x: Any) -> Any:
-        if isinstance(x, Mapping) and (any_keyword or names >= set(x)):
-            return net(**x)
-        if isinstance(x, list | tuple) and (any_position or len(positional) >= len(x) > 0):
-            return net(*x)
-        return net(x)
-
-    return forward
-
-
-def run_forward(plan_forward: Forward, x: Any, autocast: torch.dtype | None, device: str) -> Any:
-    """What the model returns, with the losses that its modules added."""
-    context = torch.autocast(device, autocast) if autocast is not None else contextlib.nullcontext()
-    with collecting() as added, context:
-        outputs = plan_forward(x)
-    if not added:
-        return outputs
-    alone, returned = unpacked(outputs)
-    return Outputs(alone, {**returned, **added})
+Observe = Callable[[Batch, Any], None]
+"""Looks at a batch and at what the model returned for it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,50 +57,63 @@ class StepResult:
 
     Args:
         tallies: by term, detached.
-        outputs: what the model returned.
         bad: whether the step was left out because loss or gradient were not finite; `None` when steps are not gated.
+        differs: whether the second round of a window was not the first again; `None` where there was one round.
     """
 
     tallies: dict[str, Tally]
-    outputs: Any
     bad: Tensor | None
+    differs: Tensor | None = None
 
 
-def train_step(plan: StepPlan, batch: Batch, by: str | None, checked: bool = True) -> StepResult:
-    """Update the parameters with one batch; the batch is the window.
+def train_step(
+    plan: StepPlan, batches: tuple[Batch, ...], by: str | None, checked: bool = True, observe: Observe | None = None
+) -> StepResult:
+    """Update the parameters with one window of batches.
 
     Args:
         plan: what a step needs.
-        batch: on the device of the model.
+        batches: the window, on the device of the model.
         by: groups of the tallies.
         checked: the values of the targets have been checked at the data boundary.
+        observe: sees each batch with its outputs, once.
 
     Raises:
-        InputError: nothing of the loss depends on a trainable parameter.
+        InputError: nothing of the loss depends on a trainable parameter, or a loss that parts do not add up to.
     """
-    objective = plan.objective
     if plan.gate is not None:
         plan.gate.before_forward()
-    outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.parameters[0].device.type)
-    result = objective.backprop(batch.y, outputs, batch.sample_weight, batch.mask, by, checked)
-    tallies, roots, gradients = result.tallies, result.roots, result.gradients
-    for penalty in plan.penalties:
-        tally = penalty.tally()
-        roots.append(tally.numerator)
-        gradients.append(torch.ones_like(tally.numerator))
-        tallies[penalty.name] = replace(tally, numerator=tally.numerator.detach())
-    if not roots:
-        raise InputError(
-            "The loss does not depend on any trainable parameter: expected outputs that require a gradient, received "
-            "detached ones. Look for .detach(), torch.no_grad() or NumPy in the model's forward."
-        )
-    torch.autograd.backward(roots, gradients)
-    bad = _update(plan, tallies)
+    if len(batches) > 1:
+        tallies, differs = _accumulate(plan, batches, by, checked, observe)
+    else:
+        batch, differs = batches[0], None
+        outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.parameters[0].device.type)
+        found = plan.objective.backprop(batch.y, outputs, batch.sample_weight, batch.mask, by, checked)
+        tallies = found.tallies
+        if not propagate(found, plan.penalties):
+            raise InputError(NO_GRADIENT)
+        if observe is not None:
+            observe(batch, outputs)
+    bad = _update(plan, tallies, differs)
     plan.optimizer.zero_grad(set_to_none=True)
-    return StepResult(tallies, outputs, bad)
+    return StepResult(tallies, bad, differs)
 
 
-def _update(plan: StepPlan, tallies: dict[str, Tally]) -> Tensor | None:
+def _accumulate(
+    plan: StepPlan, batches: tuple[Batch, ...], by: str | None, checked: bool, observe: Observe | None
+) -> tuple[dict[str, Tally], Tensor | None]:
+    """The gradient of several batches, as if they were one."""
+    device = plan.parameters[0].device.type
+    with running(Window(plan.objective, batches, plan.net, plan.penalties, by, checked)) as window:
+        for batch in window:
+            outputs = run_forward(plan.forward, batch.x, plan.autocast, device)
+            window.backward(outputs)
+            if observe is not None and not window.counting:
+                observe(batch, outputs)
+    return window.tallies, window.differs
+
+
+def _update(plan: StepPlan, tallies: dict[str, Tally], differs: Tensor | None) -> Tensor | None:
     """Clip, gate, step."""
     norm = None
     if plan.clip_norm is not None:
@@ -137,5 +123,5 @@ def _update(plan: StepPlan, tallies: dict[str, Tally]) -> Tensor | None:
         return None
     wrong = bad_gradient(plan.parameters) if norm is None else not_finite(norm)
     bad = (bad_elements(tallies) > 0) | wrong
-    plan.gate.step(bad)
+    plan.gate.step(bad if differs is None else bad | differs)
     return bad

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossledger.batch import Batch, leaves
 from lossledger.errors import LossledgerError, NonFiniteError
 from lossledger.objective import Objective, unpacked
 from lossledger.tally import Tally
-from lossledger.training.data import Batch, leaves
 
 
 def nonfinite_error(

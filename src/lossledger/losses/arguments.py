@@ -1,0 +1,26 @@
+"""Arguments that every loss has: its name and its dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from lossledger.errors import InputTypeError
+
+
+def snake_case(name: str) -> str:
+    """`MeanSquaredError` as `mean_squared_error`."""
+    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
+
+
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype, or the dtype of a name.
+
+    Raises:
+        InputTypeError: no dtype of torch.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    if not isinstance(found, torch.dtype):
+        raise InputTypeError(f"dtype: expected a torch dtype or its name such as 'float32', received {dtype!r}.")
+    return found

@@ -1,0 +1,5 @@
+"""A window: micro-batches whose gradient is that of one big batch."""
+
+from lossledger.window.window import NO_GRADIENT, Window, check_replay, opened, propagate, running
+
+__all__ = ["NO_GRADIENT", "Window", "check_replay", "opened", "propagate", "running"]

@@ -1,0 +1,81 @@
+"""What a window puts back: random state and running statistics for its second round, gradients when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def moving(model: nn.Module) -> Iterator[Tensor]:
+    """What a forward in train mode changes by itself: buffers, and the variables that Keras layers do not train."""
+    seen: set[int] = set()
+    for module in model.modules():
+        # Keras keeps running statistics and seeds in parameters without a gradient.
+        variables = [getattr(v, "value", v) for v in getattr(module, "non_trainable_variables", ())]
+        for tensor in (*module.buffers(recurse=False), *variables):
+            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+
+class Replay:
+    """The first round of a window, to be repeated: random state of torch, and running statistics.
+
+    Args:
+        model: whose running statistics are kept, if any; without a model only the random state is.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        kept = () if model is None else moving(model)
+        self._moving = [(tensor, tensor.detach().clone()) for tensor in kept]
+        self._random: list[tuple[Tensor, list[Tensor]]] = []
+
+    def keep_random(self) -> None:
+        """Keep the random state that the next micro-batch starts from."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._random.append((torch.get_rng_state(), cuda))
+
+    def random(self, position: int) -> None:
+        """Go back to the random state that a micro-batch started from."""
+        cpu, cuda = self._random[position]
+        torch.set_rng_state(cpu)
+        for device, state in enumerate(cuda):
+            torch.cuda.set_rng_state(state, device)
+
+    def statistics(self) -> None:
+        """Go back to the running statistics that the window started from."""
+        with torch.no_grad():
+            for tensor, kept in self._moving:
+                tensor.copy_(kept)
+
+
+class Gradients:
+    """Gradients that were there before a window, set aside so that a window which fails leaves them as they were.
+
+    Args:
+        model: whose gradients they are, if any.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._kept = [] if model is None else [(p, p.grad) for p in model.parameters()]
+        for parameter, _ in self._kept:
+            parameter.grad = None
+
+    def add(self) -> None:
+        """Add those of the window to them, as `backward` does."""
+        for parameter, before in self._kept:
+            if before is None:
+                continue
+            after = parameter.grad
+            if after is not None:
+                # In place where it can be, so that whoever holds the tensor sees the sum.
+                plain = before.layout == after.layout == torch.strided
+                before = before.add_(after) if plain else before + after
+            parameter.grad = before
+
+    def put_back(self) -> None:
+        """Leave them as they were."""
+        for parameter, before in self._kept:
+            parameter.grad = before
