@@ -16,6 +16,7 @@ from torch import nn
 import inputs
 import lossledger as ll
 from declarations import AXES, OVERLAPS, REDUCTIONS, ROWS
+from lossledger.forward import run_forward
 from lossledger.window import Window, running
 
 L = ll.losses
@@ -63,7 +64,7 @@ def parts_of(x, y, weight, mask, sizes):
 
 
 def check_against_one_batch(objective, net, batches, whole, tolerance):
-    expected = objective(whole.y, _forward(net, whole.x), whole.sample_weight, whole.mask, model=net)
+    expected = objective(whole.y, run_forward(net, whole.x, None, "cpu"), whole.sample_weight, whole.mask, model=net)
     expected.backward()
     wanted = gradients(net)
     net.zero_grad()
@@ -74,21 +75,17 @@ def check_against_one_batch(objective, net, batches, whole, tolerance):
             after = gradients(net)
             scale += norm([a - b for a, b in zip(after, before, strict=True)])
             before = after
+    size = sum(abs(float(t.contribution)) for t in expected.terms.values())
+    # Where a loss is flat (Dice without any target) its gradient is a difference of parts of the size of the loss.
+    scale = max(scale, 0.1 * size)
     found = gradients(net)
     assert norm([a - b for a, b in zip(found, wanted, strict=True)]) <= tolerance * scale
     b = window.breakdown
     assert list(b.terms) == list(expected.terms)
-    size = sum(abs(float(t.contribution)) for t in expected.terms.values())
     for name, term in b.terms.items():
         assert abs(float(term.value - expected.terms[name].value)) <= 2 * tolerance * max(size, 1e-30), name
     assert abs(b.value - expected.value) <= 2 * tolerance * size
     return window
-
-
-def _forward(net, x):
-    from lossledger.forward import calling, run_forward
-
-    return run_forward(calling(net), x, None, "cpu")
 
 
 def draw_output(data, rng, samples):
@@ -261,6 +258,32 @@ def test_a_model_that_is_another_function_in_the_second_round_is_refused():
     ll.Objective(bce).step(cut(x, y, 3), net)
 
 
+def test_keras_layers_are_replayed_with_their_seeds_and_statistics():
+    import keras
+
+    def made():
+        keras.utils.set_random_seed(0)
+        return keras.Sequential(
+            [
+                keras.layers.Input((3,)),
+                keras.layers.Dense(8),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dropout(0.3, seed=1),
+                keras.layers.Dense(2),
+            ]
+        )
+
+    x, y = (t.float() for t in points())
+    net, plain = made(), made()
+    with ll.Objective(dice).window(cut(x, y, 3, 7), net) as window:
+        for batch in window:
+            window.backward(net(batch.x, training=True))
+    outputs = [plain(part, training=True) for part, _ in cut(x, y, 3, 7)]
+    for a, b in zip(net.non_trainable_variables, plain.non_trainable_variables, strict=True):
+        assert torch.equal(a.value, b.value)
+    torch.testing.assert_close(window.breakdown.total, dice(y, torch.cat(outputs)).detach(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_modes_of_modules_stay(training):
     net, (x, y) = mlp(nn.BatchNorm1d(5), nn.Dropout()).train(training), points()
@@ -306,6 +329,39 @@ def test_a_mask_for_some_micro_batches_only_is_refused():
         with ll.Objective(bce).window(cut(x, y, 3), net) as window:
             for i, batch in enumerate(window):
                 window.backward(net(batch.x), mask=torch.ones(len(batch.x), 2) if i else None)
+
+
+def test_one_batch_with_a_mask_of_the_model_takes_one_round():
+    net, (x, y) = Recorded(mlp()), points()
+    mask = torch.arange(10) % 3 > 0
+    with ll.Objective(bce).window([(x, y)], net) as window:
+        for batch in window:
+            window.backward(net(batch.x), mask=mask)
+    assert len(net.calls) == 1
+    torch.testing.assert_close(window.breakdown.total, bce(y, net(x), mask=mask).detach(), rtol=1e-12, atol=0)
+
+
+def test_masks_of_the_model_may_be_for_some_outputs():
+    g = torch.Generator().manual_seed(0)
+    outputs = {n: torch.rand(6, 3, 2, generator=g, dtype=torch.float64) for n in "ab"}
+    y = {n: torch.rand(6, 3, 2, generator=g, dtype=torch.float64) for n in "ab"}
+    own, made = {"a": torch.rand(6, generator=g) < 0.7}, {n: torch.rand(6, 3, generator=g) < 0.7 for n in "ab"}
+    net, objective = Table(outputs), ll.Objective({"a": "mse", "b": "mae"})
+    expected = objective(y, net(torch.arange(6)), mask={"a": own["a"][:, None] & made["a"], "b": made["b"]})
+    batches = parts_of(torch.arange(6), y, None, own, [2, 1, 3])
+    with objective.window(batches, net) as window:
+        for batch in window:
+            window.backward(net(batch.x), mask={n: m[batch.x] for n, m in made.items()})
+    torch.testing.assert_close(window.breakdown.total, expected.total.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(9,), (10, 3)])
+def test_masks_that_do_not_fit_each_other_are_refused(shape):
+    net, (x, y) = mlp(), points()
+    batch = ll.Batch(x, y, mask=torch.ones(10, 2, dtype=torch.bool))
+    with pytest.raises(ll.errors.InputError, match="same leading axes"), ll.Objective(bce).window([batch]) as window:
+        for one in window:
+            window.backward(net(one.x), mask=torch.ones(shape))
 
 
 def test_targets_of_several_lengths_are_counted_in_a_first_round():
@@ -474,11 +530,12 @@ def fail_late(window, net):
 MISUSED = {f.__name__: f for f in (leave_early, leave_in_the_second_round, forget, call_twice, never_loop, fail_late)}
 
 
-@pytest.mark.parametrize("loop", MISUSED)
-@pytest.mark.parametrize("loss", [bce, dice], ids=["linear", "ratio"])
+@pytest.mark.parametrize(
+    ("loop", "loss"),
+    [(name, loss) for name in MISUSED for loss in (bce, dice) if (name, loss) != ("leave_in_the_second_round", bce)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 def test_a_loop_that_fails_leaves_no_half_window(loop, loss):
-    if loop == "leave_in_the_second_round" and loss is bce:
-        pytest.skip("a linear loss has one round")
     net, (x, y) = mlp(nn.BatchNorm1d(5)), points()
     net[0].weight.grad = torch.ones_like(net[0].weight)
     mean = net[1].running_mean.clone()
@@ -617,7 +674,7 @@ class Ranks:
     """Processes played by threads."""
 
     def __init__(self, size):
-        self.size, self.barrier = size, threading.Barrier(size)
+        self.size, self.barrier = size, threading.Barrier(size, timeout=30)
         self.flats = {}
 
     def sum_(self, flat):

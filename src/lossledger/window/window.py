@@ -109,7 +109,7 @@ class Window:
         self._like: Any = None
         self._position, self._waiting, self._done = 0, False, False
         self._added: dict[str, Tensor] = {}
-        self._replay = Replay(model if len(batches) > 1 else None)
+        self._replay = Replay(model)
         self._gradients = Gradients(model)
         self._rounds = self._run()
 
