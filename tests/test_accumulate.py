@@ -169,6 +169,17 @@ def test_callbacks_and_steps_count_optimizer_steps():
     assert seen[-1][1] != seen[0][1]
 
 
+def test_metrics_see_each_batch_once():
+    seen = []
+
+    def error(y_true, y_pred):
+        seen.append(len(y_true))
+        return (y_true - y_pred).abs().mean(-1)
+
+    trained(LOSSES["mse and Dice"], 4, 2, epochs=1, metrics=[error])
+    assert seen == [4, 4, 4, 4, 4, 2]
+
+
 def test_pairs_are_refused_under_accumulation_and_train_without():
     g = tt.generator()
     x, labels = torch.randn(12, 3, generator=g), torch.arange(12) % 3

@@ -656,13 +656,17 @@ def test_the_graph_of_one_micro_batch_is_in_memory(loss):
             saved.append(held)
             return tensor
 
-        counts = []
+        counts, outputs = [], weakref.WeakSet()
         batches = cut(x, y, *range(12 // count, 12, 12 // count))
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
         with hooks, ll.Objective(loss).window(batches, net) as window:
             for batch in window:
-                window.backward(net(batch.x))
+                found = net(batch.x)
+                outputs.add(found)
+                window.backward(found)
+                del found
                 gc.collect()
+                assert not outputs
                 counts.append(sum(r() is not None and r().grad_fn is not None for r in saved))
         return alive.most, max(counts)
 
