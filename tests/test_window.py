@@ -76,8 +76,8 @@ def check_against_one_batch(objective, net, batches, whole, tolerance):
             scale += norm([a - b for a, b in zip(after, before, strict=True)])
             before = after
     size = sum(abs(float(t.contribution)) for t in expected.terms.values())
-    # Where a loss is flat (Dice without any target) its gradient is a difference of parts of the size of the loss.
-    scale = max(scale, 0.1 * size)
+    # The gradient of a ratio is a difference of parts of the size of the loss, and is rounded as they are.
+    scale += size
     found = gradients(net)
     assert norm([a - b for a, b in zip(found, wanted, strict=True)]) <= tolerance * scale
     b = window.breakdown
@@ -97,6 +97,8 @@ def draw_output(data, rng, samples):
     make, _ = OVERLAPS[data.draw(st.sampled_from(sorted(OVERLAPS)))]
     axis = AXES[data.draw(st.sampled_from(sorted(AXES)))]
     y, p = inputs.binary_probabilities(rng, (samples, 2))
+    # Without any target an overlap loss is flat, and its gradient nothing but rounding.
+    y = 0.1 + 0.8 * y
     loss = make(axis=axis, reduction=data.draw(st.sampled_from(["sum_over_batch_size", "sum"])))
     return (0.5 * loss + L.BinaryCrossentropy(reduction=reduction)) if data.draw(st.booleans()) else loss, y, p
 
@@ -431,6 +433,18 @@ def test_losses_whose_parts_do_not_add_up_are_refused_in_parts_only(case):
     with pytest.raises(ll.errors.InputError, match=reason):
         objective.step(cut(x, y, 4), net)
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(net), strict=True))
+
+
+@pytest.mark.parametrize("loss", [L.BinaryCrossentropy, lambda **k: L.FunctionLoss(lambda y, p: (y - p).square(), **k)])
+def test_a_divisor_that_counts_in_the_targets_is_that_of_the_window(loss):
+    positives = ll.Reduction("positives", lambda weighting, y_true: (y_true > 0.5).sum())
+    g = torch.Generator().manual_seed(0)
+    y = (torch.rand(9, 3, generator=g) < 0.4).double()
+    net, x = Table({"a": torch.rand(9, 3, generator=g, dtype=torch.float64) * 0.8 + 0.1}), torch.arange(9)
+    objective = ll.Objective({"a": loss(reduction=positives)})
+    whole = ll.Batch(x, {"a": y})
+    window = check_against_one_batch(objective, net, parts_of(x, {"a": y}, None, None, [2, 1, 6]), whole, 1e-12)
+    assert not window.replaying
 
 
 @pytest.mark.parametrize("declared", ["mean", "sum"])
