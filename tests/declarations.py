@@ -1,13 +1,23 @@
-"""One row a loss: how to make it, sample inputs, the oracle of its elements. The suites go through the rows."""
+"""One row a loss: how to make it, sample inputs, its oracle, its mistakes. The suites go through the rows.
+
+`ROWS` are losses made of elements, on which all laws run; `COUPLED` are those whose value is no mean of elements of
+their own. `MATRIX` is both: what every loss of the library must bear.
+"""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+import inputs
 import lossledger as ll
+import oracles
 import rows_beyond
 import rows_keras
 import rows_segmentation
+from declaration import Declaration, Mistake
+from lossledger.errors import InputError
 
 L = ll.losses
 ROWS = [*rows_keras.ROWS, *rows_segmentation.ROWS, *rows_beyond.ROWS]
@@ -29,6 +39,47 @@ OVERLAPS = {
     "tversky": (lambda **k: L.Tversky(alpha=0.3, beta=0.7, **k), (1.0, 0.3, 0.7)),
 }
 AXES = {"all": None, "batch-by-class": (0, 1), "sample-by-class": (1,), "sample": (1, 2)}
+
+
+def overlap(name, axis):
+    """The row of an overlap loss over some axes, with weights and masks in its sums."""
+    make, coefficients = OVERLAPS[name]
+    return Declaration(
+        f"{name}-{axis}",
+        functools.partial(make, axis=AXES[axis]),
+        inputs.binary_probabilities,
+        None,
+        kinds=("class", "sample") if axis != "sample" else ("sample",),
+        whole=lambda y, p, w, m: oracles.overlap(
+            y, p, *coefficients, AXES[axis], weight=w[..., None], mask=m[..., None]
+        ).mean(),
+        refused=(("smooth", 0), ("from_logits", True), ("reduction", "abc")),
+    )
+
+
+def circle(y, p, w, m):
+    losses, counts = oracles.circle(y, p, 4.0, 0.3, True, m)
+    return (losses * w)[counts].sum() / counts.sum()
+
+
+COUPLED = [
+    *(overlap(name, axis) for name in OVERLAPS for axis in AXES),
+    Declaration(
+        "circle",
+        lambda **k: L.Circle(gamma=4.0, margin=0.3, **k),
+        inputs.directions,
+        None,
+        closed=False,
+        kinds=("sample",),
+        whole=circle,
+        per_sample=True,
+        refused=(("gamma", 0.0),),
+        mistakes=(
+            Mistake("one-hot", lambda loss, y, p: loss(torch.nn.functional.one_hot(y), p), InputError, ("argmax(-1)",)),
+        ),
+    ),
+]
+MATRIX = [*ROWS, *COUPLED]
 
 
 def tensors(*arrays):

@@ -63,3 +63,33 @@ def distributions(rng, entries):
 def sides(rng, entries):
     """Labels −1 and 1."""
     return rng.choice([-1.0, 1.0], (*entries, COLUMNS)), rng.normal(0, 1, (*entries, COLUMNS))
+
+
+def label_sequences(rng, entries):
+    """Labels of one or two steps, padded with 0, for each sample; the outputs are the steps."""
+    labels = rng.integers(1, COLUMNS, (entries[0], 2))
+    labels[:, 1] *= rng.integers(0, 2, len(labels))
+    return labels, rng.normal(0, 2, (*entries, COLUMNS))
+
+
+def directions(rng, entries):
+    """Labels of samples, and vectors of length 1."""
+    vectors = rng.normal(0, 1, (entries[0], COLUMNS))
+    return rng.permutation(np.arange(entries[0]) % 2), vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+# What targets are, as far as losses check it; inputs that are not listed have no mistakes of their own.
+TARGETS = {
+    binary_logits: "shares",
+    binary_probabilities: "shares",
+    categorical_logits: "shares",
+    categorical_probabilities: "shares",
+    distributions: "shares",
+    sparse_logits: "labels",
+    sparse_probabilities: "labels",
+    regression: "real",
+    signed: "real",
+    positive: "real",
+    counts: "real",
+    sides: "signs",
+}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 import lossledger as ll
 import oracles
-from declaration import Declaration
+from declaration import Declaration, Mistake
 from inputs import (
     COLUMNS,
     binary_logits,
@@ -15,6 +16,7 @@ from inputs import (
     categorical_probabilities,
     counts,
     distributions,
+    label_sequences,
     positive,
     regression,
     sides,
@@ -22,6 +24,7 @@ from inputs import (
     sparse_logits,
     sparse_probabilities,
 )
+from lossledger.errors import InputError
 
 
 def pick(values, labels):
@@ -39,6 +42,11 @@ class Quartic(ll.losses.Loss):
         return ((y_true - y_pred) ** 4).mean(-1)
 
 
+def squares(y_true, y_pred):
+    """A loss as a user writes it in one line."""
+    return (y_true - y_pred).square().mean(-1)
+
+
 def smooth(y, s):
     return y * (1 - s) + s / COLUMNS
 
@@ -51,7 +59,13 @@ ROWS = [
         binary_logits,
         oracles.bce_logits,
     ),
-    Declaration("bce-probabilities", lambda **k: L.BinaryCrossentropy(**k), binary_probabilities, oracles.bce),
+    Declaration(
+        "bce-probabilities",
+        lambda **k: L.BinaryCrossentropy(**k),
+        binary_probabilities,
+        oracles.bce,
+        refused=(("from_logits", 1), ("label_smoothing", 1), ("label_smoothing", -0.1), ("axis", True), ("axis", 1.5)),
+    ),
     Declaration(
         "bce-smoothed",
         lambda **k: L.BinaryCrossentropy(from_logits=True, label_smoothing=0.2, **k),
@@ -64,6 +78,7 @@ ROWS = [
         binary_probabilities,
         focal,
         closed=False,
+        refused=(("gamma", -1), ("alpha", 2)),
     ),
     Declaration(
         "binary-focal-balanced-logits",
@@ -98,6 +113,7 @@ ROWS = [
             -1, keepdims=True
         ),
         closed=False,
+        refused=(("gamma", -1),),
         kinds=("class", "label", "sample"),
     ),
     Declaration(
@@ -122,6 +138,7 @@ ROWS = [
         lambda **k: L.Huber(delta=0.7, **k),
         regression,
         lambda y, p: np.where(np.abs(y - p) <= 0.7, 0.5 * (y - p) ** 2, 0.7 * np.abs(y - p) - 0.5 * 0.49),
+        refused=(("delta", 0),),
     ),
     Declaration(
         "mape",
@@ -175,7 +192,26 @@ ROWS = [
         lambda **k: L.CategoricalGeneralizedCrossEntropy(q=0.7, **k),
         sparse_probabilities,
         lambda y, p: (1 - pick(p, y) ** 0.7) / 0.7,
+        refused=(("q", 0.0), ("q", 1.0), ("q", 2.0)),
         kinds=("class", "label", "sample"),
+    ),
+    Declaration(
+        "ctc",
+        lambda **k: L.CTC(**k),
+        label_sequences,
+        lambda y, z: np.array([[oracles.ctc(labels, logits)] for labels, logits in zip(y, z, strict=True)]),
+        closed=False,
+        kinds=("sample",),
+        per_sample=True,
+        mistakes=(
+            Mistake("label", lambda loss, y, p: loss(y + 9, p), InputError, ("0 to 2",)),
+            Mistake("inner-blank", lambda loss, y, p: loss(y * 0 + torch.tensor([0, 1]), p), InputError, ("0 is",)),
+            Mistake("too-few-steps", lambda loss, y, p: loss(y * 0 + 1, p[:, :2]), InputError, ("at least 3 steps",)),
+            Mistake("no-step-axis", lambda loss, y, p: loss(y, p[:, 0]), InputError, ("Logits `y_pred`",)),
+        ),
+        # torch's CTC has no batching rule, and reads lengths on the host.
+        one_graph=False,
+        batched=False,
     ),
     Declaration(
         "custom-class",
@@ -187,7 +223,7 @@ ROWS = [
     ),
     Declaration(
         "custom-function",
-        lambda **k: L.FunctionLoss(lambda y, p: (y - p).square().mean(-1), name="own", **k),
+        lambda **k: L.FunctionLoss(squares, name="own", **k),
         regression,
         lambda y, p: ((y - p) ** 2).mean(-1, keepdims=True),
         closed=False,

@@ -135,7 +135,7 @@ def test_class_weights_of_a_margin_go_by_label(name):
         (L.CTC(), [[3]], [[[0.0, 0.0]]], "from 0 to 1"),
         (L.CTC(), [[0, 1]], [[[0.0, 0.0]] * 3], "no label after a 0"),
         (L.CTC(), [[1, 1]], [[[0.0, 0.0]] * 2], "at least 3 steps"),
-        (L.CTC(), [1], [[[0.0, 0.0]] * 2], r"labels \[B, S\]"),
+        (L.CTC(), [1], [[[0.0, 0.0]] * 2], "Targets `y_true`"),
         (L.Circle(), [[0, 1]], [[0.0, 1.0]], "one label a sample"),
     ],
 )

@@ -13,41 +13,13 @@ from hypothesis import strategies as st
 import declarations
 import lossledger as ll
 import oracles
+from checks import as_tensor, case, close, value_and_gradient
 from declarations import NAMES, REDUCTIONS, ROWS
 
 TOLERANCE = 1e-12
 rows = st.sampled_from(ROWS)
 reductions = st.sampled_from(REDUCTIONS)
 seeds = st.integers(0, 2**32 - 1)
-
-
-def case(row, seed, samples=None, weights=True, masks=True, zeros=False):
-    """Random inputs [B, 4, …] with a weight and a mask for each entry; unequal valid lengths."""
-    rng = np.random.default_rng(seed)
-    entries = (samples or int(rng.integers(2, 8)), 4)
-    y, p = row.inputs(rng, entries)
-    w = rng.uniform(0.2, 3, entries) if weights else None
-    if zeros and w is not None:
-        w = w * (rng.random(entries) < 0.6)
-    m = rng.random(entries) < 0.7 if masks else None
-    return y, p, w, m
-
-
-def value_and_gradient(loss, y, p, w, m, window=None):
-    prediction = torch.as_tensor(p).clone().requires_grad_()
-    tally = loss.tally(torch.as_tensor(y), prediction, as_tensor(w), as_tensor(m))
-    (gradient,) = torch.autograd.grad(tally.value, prediction)
-    return tally, gradient
-
-
-def as_tensor(a):
-    return None if a is None else torch.as_tensor(a)
-
-
-def close(a, b, tolerance=1e-11):
-    a, b = torch.as_tensor(a).detach(), torch.as_tensor(b).detach()
-    scale = max(float(b.abs().max()) if b.numel() else 0, 1)
-    return float((a - b).abs().max()) <= tolerance * scale
 
 
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
@@ -69,7 +41,7 @@ def test_no_reduction_keeps_one_value_an_entry(row):
     y, p, w, m = case(row, 3)
     got = row.make(reduction="none")(torch.as_tensor(y), torch.as_tensor(p), as_tensor(w), as_tensor(m))
     expected = row.elements(y, p).mean(-1) * w * m
-    assert tuple(got.shape) == (len(p), 4)
+    assert got.shape == expected.shape
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-9)
 
 
@@ -175,7 +147,7 @@ def test_masked_entries_reach_neither_value_nor_gradient(row, reduction, poison)
     clean, gradient = value_and_gradient(loss, y, p, w, m)
     p, w = p.copy(), w.copy()
     p[~m], w[~m] = poison, poison
-    y = np.where(m[..., None], y, poison) if y.dtype.kind == "f" else np.where(m, y, -100)
+    y = np.where(m.reshape(*m.shape, *(1,) * (y.ndim - m.ndim)), y, poison if y.dtype.kind == "f" else -100)
     dirty, dirty_gradient = value_and_gradient(loss, y, p, w, m)
     assert close(dirty.value, clean.value.detach())
     assert torch.isfinite(dirty_gradient).all() and close(dirty_gradient, gradient)

@@ -105,8 +105,8 @@ def as_batch(item: Any, position: int) -> Batch:
     if isinstance(item, list | tuple) and 2 <= len(item) <= 3:
         return Batch(item[0], item[1], item[2] if len(item) == 3 else None)
     raise InputTypeError(
-        f"batch {position}: expected (x, y), (x, y, sample_weight) or a lossledger.Batch; received "
-        f"{type(item).__name__}{f' of {len(item)}' if isinstance(item, list | tuple) else ''}."
+        f"batch {position}: Data is expected to be in format (x, y), (x, y, sample_weight) or a lossledger.Batch; "
+        f"received {type(item).__name__}{f' of {len(item)}' if isinstance(item, list | tuple) else ''}."
     )
 
 

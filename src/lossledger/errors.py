@@ -4,14 +4,18 @@
 LossledgerError
 ├── InputError (ValueError)      a value, shape or range that cannot be right
 │   ├── EmptyDataError           nothing to compute a loss from
-│   └── UnknownNameError         a name that nobody declared, with a suggestion
-├── InputTypeError (TypeError)   the wrong kind of object or dtype
+│   ├── UnknownNameError         a name that nobody declared, with a suggestion
+│   └── OutputNameError (KeyError)   an output that the model does not have
+├── InputTypeError (TypeError, ValueError)   the wrong kind of object or dtype
 ├── ReplayError (RuntimeError)    the second round of a window is not the first again
 ├── NonFiniteError (ArithmeticError)   a NaN or an infinity, with the term and the samples it came from
 └── LedgerError (ValueError)     a run folder or segment that cannot be read
 ```
 
 Each message says what was expected, what was received, where (output, term, argument), and what to do about it.
+
+Where Keras raises an error for the same mistake, ours is of its class too and holds its key words, so that code that
+matches on them works. Keras raises a ValueError also for objects of the wrong kind, so `InputTypeError` is one.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ class EmptyDataError(InputError):
     """There is nothing to compute a loss from."""
 
 
-class InputTypeError(LossledgerError, TypeError):
+class InputTypeError(LossledgerError, TypeError, ValueError):
     """An object of the wrong kind, or a dtype that a loss cannot take."""
 
 
@@ -49,11 +53,25 @@ class LedgerError(LossledgerError, ValueError):
 
 
 class UnknownNameError(InputError):
-    """A name that nobody declared; the message suggests the nearest one."""
+    """A name that nobody declared; the message suggests the nearest one.
 
-    def __init__(self, what: str, name: object, known: Iterable[object]) -> None:
+    Args:
+        what: kind of name.
+        name: the one received.
+        known: those that were declared.
+        keras: how Keras starts the message of this mistake.
+    """
+
+    def __init__(self, what: str, name: object, known: Iterable[object], keras: str | None = None) -> None:
         names = sorted(str(k) for k in known)
         near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
         suggestion = f" Did you mean {near[0]!r}?" if near else ""
         listed = ", ".join(repr(n) for n in names) or "none"
-        super().__init__(f"Unknown {what}: expected one of {listed}; received {name!r}.{suggestion}")
+        super().__init__(f"{keras or f'Unknown {what}'}: expected one of {listed}; received {name!r}.{suggestion}")
+
+
+class OutputNameError(InputError, KeyError):
+    """An output that has a loss and that the model does not give."""
+
+    # A KeyError shows its message quoted, as if it were a key.
+    __str__ = Exception.__str__

@@ -97,6 +97,12 @@ def _takes_two(statistic: Any, name: str) -> bool:
         f"received {statistic!r}. Write lambda weighting, y_true: …"
     )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A named reduction is one object: a copy must be recognised as it, in another process too.
+        if _REDUCTIONS.get(self.name) is self:
+            return get, (self.name,)
+        return Reduction, (self.name, self.statistic, self.rescale)
+
 
 def _valid_entries(weighting: Weighting) -> Tensor:
     """Number of unmasked elements of each sample, `[B]`."""
@@ -161,7 +167,7 @@ def get(reduction: str | Reduction | None) -> Reduction:
         return NONE
     name = "sum_over_batch_size" if reduction == "mean" else reduction
     if not isinstance(name, str) or name not in _REDUCTIONS:
-        raise UnknownNameError("reduction", reduction, NAMES)
+        raise UnknownNameError("reduction", reduction, NAMES, keras="Invalid value for argument `reduction`")
     return _REDUCTIONS[name]
 
 

@@ -19,7 +19,7 @@ how the laws are tested exactly.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -166,6 +166,12 @@ class Tally:
     form: Literal["linear", "ratio"] = "linear"
     nonfinite: Number = 0
     groups: Groups | None = field(default=None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the tally of no data is still the neutral one.
+        if self is _ZERO:
+            return Tally.zero, ()
+        return Tally, tuple(getattr(self, one.name) for one in fields(self))
 
     @classmethod
     def zero(cls) -> Tally:

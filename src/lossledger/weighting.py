@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import debug_unwrap
 
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, UnknownNameError
 
@@ -58,6 +59,11 @@ def is_number(value: object) -> TypeGuard[float]:
 def not_finite(values: Tensor) -> Tensor:
     """Where values are NaN or infinite: `x − x` is 0 for every other number, in half the passes of `isfinite`."""
     return (values - values).ne(0)
+
+
+def any_of(bad: Tensor) -> bool:
+    """Whether any is set, on the host; under `torch.func.vmap`, in any of the problems."""
+    return bool(debug_unwrap(bad).any())
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -132,7 +138,7 @@ def split_shape(y_pred: Tensor, where: str) -> tuple[int, ...]:
     """
     if y_pred.ndim == 0 or 0 in y_pred.shape[1:]:
         raise EmptyDataError(
-            f"{where}: expected predictions with a batch axis and no empty axis, received shape {shape_of(y_pred)}. "
+            f"{where}: expected y_pred with a batch axis and no empty axis, received shape {shape_of(y_pred)}. "
             "Check the slice or the layer that made them."
         )
     return tuple(y_pred.shape[:-1])
@@ -242,7 +248,7 @@ def as_mask(mask: Tensor, what: str) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     # On a device this check would read a value back; the data boundary of `fit` has made the mask bool by then.
-    if mask.device.type == "cpu" and not bool(((mask == 0) | (mask == 1)).all()):
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and any_of((mask != 0) & (mask != 1)):
         raise InputError(f"{what}: expected booleans or 0 and 1, received other values. Pass weights as sample_weight.")
     return mask != 0
 
@@ -373,6 +379,7 @@ def check_labels(labels: Tensor, classes: int, where: str, ignore: int | None = 
         InputTypeError: labels that are not integers.
         InputError: a label out of range, with its value and how many there are.
     """
+    labels = debug_unwrap(labels)
     if labels.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise InputTypeError(f"{where}: expected integer class labels, received dtype {labels.dtype}.")
     bad = (labels < 0) | (labels >= classes) | (labels != labels.round() if labels.is_floating_point() else False)
@@ -402,7 +409,8 @@ def check_probabilities(y_pred: Tensor, where: str) -> None:
     Raises:
         InputError: a value outside, with the remedy `from_logits`.
     """
-    bad = outside_probabilities(y_pred.detach())
+    y_pred = debug_unwrap(y_pred.detach())
+    bad = outside_probabilities(y_pred)
     if bool(bad.any()):
         raise InputError(
             f"{where}: with from_logits=False predictions must be probabilities in [0, 1]; received "
@@ -417,6 +425,7 @@ def check_targets(y_true: Tensor, where: str, upper: float = 1.0) -> None:
     Raises:
         InputError: a target outside, with its value.
     """
+    y_true = debug_unwrap(y_true.detach())
     bad = ~((y_true >= 0) & (y_true <= upper))
     if bool(bad.any()):
         raise InputError(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossledger.errors import InputError
+from lossledger.errors import InputError, InputTypeError
 from lossledger.losses.aligned import Aligned, Late, and_mask
 from lossledger.losses.elementwise import ElementLoss
 from lossledger.losses.prediction import Prediction, Space
@@ -53,6 +53,8 @@ class _CrossEntropy(ElementLoss):
             raise InputError(f"{self.name}: from_logits must be True or False, received {from_logits!r}.")
         if not 0 <= label_smoothing < 1:
             raise InputError(f"{self.name}: label_smoothing must be in [0, 1), received {label_smoothing!r}.")
+        if not isinstance(axis, int) or isinstance(axis, bool):
+            raise InputTypeError(f"{self.name}: `axis` must be of type `int`; received {axis!r}. -1 is the last axis.")
         self.from_logits = from_logits
         self.label_smoothing = label_smoothing
         self.axis = self.class_axis = axis
@@ -383,8 +385,9 @@ class SparseCategoricalCrossentropy(_CrossEntropy):
                 else "If the output has its class axis at position 1 (NCHW), pass axis=1."
             )
             raise InputError(
-                f"{where}: y_true must hold one label for each entry, shape {tuple(pred.shape[:-1])}; "
-                f"received {shape_of(y_true)} with y_pred {shape_of(y_pred)}. {remedy}"
+                f"{where}: y_true holds one label for each entry, so y_true and y_pred must have the same shape "
+                f"up until the last dimension, the classes; expected {tuple(pred.shape[:-1])}, received "
+                f"y_true {shape_of(y_true)} with y_pred {shape_of(y_pred)}. {remedy}"
             )
         return labels, pred
 

@@ -97,7 +97,7 @@ class CategoricalGeneralizedCrossEntropy(SparseCategoricalCrossentropy):
     ) -> None:
         super().__init__(reduction=reduction, name=name, dtype=dtype)
         if not 0 < q < 1:
-            raise InputError(f"{self.name}: q must be in the open interval (0, 1), received {q!r}.")
+            raise InputError(f"{self.name}: q must be in the interval (0, 1), ends excluded; received {q!r}.")
         self.q = q
 
     def _elements(self, batch: Aligned) -> Tensor:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.func import debug_unwrap
 
 from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
@@ -34,6 +35,7 @@ class _Margin(ElementLoss):
         return column_weight(y_true, class_weight, where)
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
+        y_true = debug_unwrap(y_true.detach())
         bad = ~(y_true.abs() <= 1)
         if bool(bad.any()):
             raise InputError(

@@ -214,7 +214,8 @@ class Loss:
         weights = self._weighting(shape, true, pred, late, where)
         if weights.mask is not None:
             true, pred = self._safe(true, pred, weights)
-        if not checked:
+        # A compiled graph holds no branch on values, so it goes without these checks.
+        if not checked and not torch.compiler.is_compiling():
             self._check(true, pred, where)
         return Aligned(true, Prediction(pred), weights, where)
 

@@ -125,14 +125,15 @@ def get(identifier: Any) -> Loss | Expression:
         return identifier
     if isinstance(identifier, str):
         if identifier not in NAMES:
-            raise UnknownNameError("loss", identifier, NAMES)
+            raise UnknownNameError("loss", identifier, NAMES, keras="Could not interpret loss identifier")
         return NAMES[identifier]()
     if isinstance(identifier, dict):
         return deserialize(identifier)
     if callable(identifier):
         return from_callable(identifier)
     raise InputTypeError(
-        f"A loss must be a name, a Loss, an expression of losses or a function; received {type(identifier).__name__}."
+        f"Could not interpret loss identifier {identifier!r}: expected a name, a Loss, an expression of losses or a "
+        f"function; received {type(identifier).__name__}."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import debug_unwrap
 
 from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
@@ -12,7 +13,7 @@ from lossledger.losses.elementwise import ElementLoss
 from lossledger.losses.prediction import Space
 from lossledger.losses.regression import refuse_class_weight
 from lossledger.reduction import Reduction
-from lossledger.weighting import ClassWeight, Weighting, check_labels, shape_of, split_shape
+from lossledger.weighting import ClassWeight, Weighting, any_of, check_labels, shape_of, split_shape
 
 
 class CTC(ElementLoss):
@@ -55,11 +56,16 @@ class CTC(ElementLoss):
 
     def _align(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[Tensor, Tensor]:
         split_shape(y_pred, where)
-        if y_pred.ndim != 3 or y_true.ndim != 2 or y_true.shape[0] != y_pred.shape[0]:
-            raise InputError(
-                f"{where}: expected labels [B, S] and logits [B, T, C] of one batch; received y_true "
-                f"{shape_of(y_true)} and y_pred {shape_of(y_pred)}. Pad the labels of a batch with 0 to one length."
-            )
+        for what, expected, received, rank in (
+            ("Targets `y_true`", "(batch_size, max_length)", y_true, 2),
+            ("Logits `y_pred`", "(batch_size, max_length, num_classes)", y_pred, 3),
+        ):
+            if received.ndim != rank or y_true.shape[0] != y_pred.shape[0]:
+                raise InputError(
+                    f"{where}: {what} are expected to be a tensor of shape `{expected}`, both of one batch; received "
+                    f"y_true {shape_of(y_true)} and y_pred {shape_of(y_pred)}. Pad the labels of a batch with 0 to one "
+                    "length."
+                )
         return y_true, y_pred
 
     def _shape(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[int, ...] | None:
@@ -77,14 +83,15 @@ class CTC(ElementLoss):
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         check_labels(y_true, y_pred.shape[-1], where)
         before, after = y_true[:, :-1], y_true[:, 1:]
-        if bool(((before == 0) & (after != 0)).any()):
+        if any_of((before == 0) & (after != 0)):
             raise InputError(
                 f"{where}: 0 is the blank and pads labels at their end; expected no label after a 0, received one. "
                 "Number the labels from 1."
             )
         # Between two equal labels a path needs a blank.
         needed = (y_true != 0).sum(1) + ((before == after) & (after != 0)).sum(1)
-        if bool((needed > y_pred.shape[1]).any()):
+        if any_of(needed > y_pred.shape[1]):
+            needed = debug_unwrap(needed)
             raise InputError(
                 f"{where}: an output of T = {y_pred.shape[1]} steps cannot spell the target of sample "
                 f"{int(needed.argmax())}; expected at least {int(needed.max())} steps. Shorten the target, use more "

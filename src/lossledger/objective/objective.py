@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lossledger.errors import EmptyDataError, InputError, UnknownNameError
+from lossledger.errors import EmptyDataError, InputError, OutputNameError, UnknownNameError
 from lossledger.losses.aligned import Aligned
 from lossledger.losses.loss import By
 from lossledger.losses.parts import check_part
@@ -443,21 +443,27 @@ class Objective:
             if unknown and what != "y_pred":
                 raise UnknownNameError(f"output in {what}", unknown[0], self.outputs)
             missing = [name for name in required if name not in value]
+            if missing and what == "y_pred":
+                raise OutputNameError(
+                    f"The output {missing[0]!r} of the loss can't be found in the model's output (`y_pred`): "
+                    f"Expected keys {list(value)} in loss dict, received {list(self.outputs)}. Name the losses as the "
+                    "model names its outputs."
+                )
             if missing:
                 raise InputError(
-                    f"{what}: expected the output {missing[0]!r}, received only {list(value)}. The loss was given for "
-                    f"{list(self.outputs)}; give the loss None to an output without one."
+                    f"{_mismatch(what)}: expected the output {missing[0]!r}, received only {list(value)}. The loss "
+                    f"was given for {list(self.outputs)}; give the loss None to an output without one."
                 )
             return {name: value[name] for name in self.outputs if name in value}
         if isinstance(value, list | tuple):
             if len(value) != len(self.outputs):
                 raise InputError(
-                    f"{what}: expected {len(self.outputs)} outputs {list(self.outputs)}, received {len(value)}. "
-                    "Give one value an output; the loss None skips an output."
+                    f"{_mismatch(what)}: expected {len(self.outputs)} outputs {list(self.outputs)}, received "
+                    f"{len(value)}. Give one value an output; the loss None skips an output."
                 )
             return dict(zip(self.outputs, value, strict=True))
         raise InputError(
-            f"{what}: expected a {'dict' if self.structure == 'dict' else 'list'} with the outputs "
+            f"{_mismatch(what)}: expected a {'dict' if self.structure == 'dict' else 'list'} with the outputs "
             f"{list(self.outputs)}, received {type(value).__name__}. The loss was given by output; for several losses "
             "on one output add them: a + b."
         )
@@ -484,6 +490,11 @@ def _samples(batches: list[Aligned]) -> int:
     """Number of samples of a batch."""
     first = batches[0].prediction.raw
     return int(first.shape[0]) if first.ndim else 1
+
+
+def _mismatch(what: str) -> str:
+    """How the message starts when targets or outputs do not come as the losses do."""
+    return f"y_true and y_pred have different structures: {what}" if what == "y_true" else what
 
 
 def _is_numbers(value: Sequence[Any]) -> bool:

@@ -72,7 +72,10 @@ def by_output(loss: Any, names: Sequence[str] | None) -> tuple[dict[str, Loss | 
             )
         return {n: None if one is None else losses.get(one) for n, one in zip(names, loss, strict=True)}, "list"
     if loss is None:
-        raise InputTypeError("loss: expected a loss, a list or a dict of losses by output; received None.")
+        raise InputTypeError(
+            "No loss to compute: expected a loss, a list or a dict of losses by output; received None. "
+            "Provide a `loss` argument."
+        )
     return {"": losses.get(loss)}, "one"
 
 
@@ -89,11 +92,18 @@ def loss_weights(weights: Any, outputs: tuple[str, ...], structure: str) -> tupl
     if isinstance(weights, list | tuple):
         if len(weights) != len(outputs):
             wanted = "one number" if structure == "one" else f"{len(outputs)} numbers for the outputs {list(outputs)}"
-            raise InputError(f"loss_weights: expected {wanted}, received {len(weights)}.")
+            raise InputError(
+                f"`loss_weights` must match the number of losses: expected {wanted}, received {len(weights)}."
+            )
         return {n: _number(w, "loss_weights") for n, w in zip(outputs, weights, strict=True)}, {}
     if structure != "one":
         raise InputError(
             f"loss_weights: expected a dict or list for the outputs {list(outputs)}, received {weights!r}."
+        )
+    if not is_number(weights):
+        raise InputTypeError(
+            "Expected `loss_weights` argument to be a float (one output), or a list or a dict (several outputs); "
+            f"received {weights!r}."
         )
     return {"": _number(weights, "loss_weights")}, {}
 

@@ -51,12 +51,16 @@ def _divided(data: Data, split: float) -> tuple[Data, Data]:
     if not 0 < split < 1:
         raise InputError(f"validation_split: expected a share between 0 and 1, received {split!r}.")
     if not isinstance(data, ArrayData):
-        raise InputError("validation_split needs arrays; x is an iterable of batches. Pass validation_data.")
+        raise InputError(
+            "Argument `validation_split` is only supported for tensors or NumPy arrays; received an iterable of "
+            "batches. Pass validation_data."
+        )
     kept = int(data.length * (1 - split))
     if kept in (0, data.length):
         raise EmptyDataError(
-            f"validation_split={split} of {data.length} samples leaves "
-            f"{'nothing to train on' if kept == 0 else 'nothing to validate on'}. Change the share."
+            f"Training data contains {data.length} samples, which is not sufficient to split it: "
+            f"validation_split={split} leaves {'nothing to train on' if kept == 0 else 'nothing to validate on'}. "
+            "Change the share."
         )
     return data.part(0, kept), data.part(kept, data.length)
 

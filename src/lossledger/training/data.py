@@ -126,8 +126,8 @@ def _common_length(parts: Mapping[str, Any], where: str) -> int:
             if other != length:
                 received = "a scalar" if other == -1 else f"{other}"
                 raise InputError(
-                    f"{where}{name}: expected {length} samples on the first axis, as in x; received {received}. "
-                    "Every array has the samples on its first axis."
+                    f"Data cardinality is ambiguous: {where}{name}: expected {length} samples on the first axis, as in "
+                    f"x; received {received}. Every array has the samples on its first axis."
                 )
     if length == 0:
         raise EmptyDataError(

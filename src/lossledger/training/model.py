@@ -134,7 +134,10 @@ class Model:
             InputError: a value that cannot be right.
         """
         if loss is None:
-            raise InputError("compile: expected a loss, received None. For example compile(loss='mse').")
+            raise InputError(
+                "No loss to compute: expected a loss, received None. Provide a `loss` argument in `compile()`, for "
+                "example compile(loss='mse')."
+            )
         boundary.check_compile(precision, clip_norm, ema, on_nonfinite)
         names = planning.class_names(class_names)
         self._recipe = _Recipe(loss, loss_weights, regularizers, names, self._output_names)
@@ -168,7 +171,10 @@ class Model:
 
     def _compiled(self, class_weight: Any = None) -> StepPlan:
         if self._plan is None or self._recipe is None:
-            raise InputError("The model is not compiled: call model.compile(optimizer=…, loss=…) first.")
+            raise InputError(
+                "The model is not compiled: You must call `compile()` before using the model, as "
+                "model.compile(optimizer=…, loss=…)."
+            )
         if class_weight is None:
             return self._plan
         return replace(self._plan, objective=self._recipe.objective(class_weight))

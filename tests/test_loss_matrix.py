@@ -1,0 +1,273 @@
+"""What every loss must bear, from its row alone: mistakes, no data, NaN, copies, compilers, vectorised problems."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import lossledger as ll
+from checks import case, close, tensors, value_and_gradient
+from declarations import COUPLED, MATRIX, REDUCTIONS, ROWS
+from lossledger.errors import InputError, InputTypeError, LossledgerError
+
+SEED = 7
+
+
+def parametrize(rows):
+    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in rows])
+
+
+def good(row, **options):
+    return tensors(case(row, SEED, samples=5, **options))
+
+
+# --- values of losses that are no mean of elements -----------------------------------------------------------------
+
+
+@parametrize(COUPLED)
+def test_value_and_gradient_of_a_whole(row):
+    arrays = case(row, SEED, samples=5)
+    loss = row.make()
+    tally, gradient = value_and_gradient(loss, *arrays)
+    assert float(tally.value.detach()) == pytest.approx(row.whole(*arrays), abs=1e-9)
+    y, p, w, m = tensors(arrays)
+    assert close(loss.backprop(y, p, w, m)[1], gradient)
+    assert torch.autograd.gradcheck(lambda q: loss(y, q, w, m), (p.requires_grad_(),))
+
+
+@parametrize(COUPLED)
+def test_groups_of_a_whole_balance(row):
+    for by in row.kinds:
+        tally = row.make().tally(*good(row), by=by)
+        assert close(tally.contributions().sum(), tally.value)
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "mistake"),
+    [pytest.param(row, one, id=f"{row.name}-{one.name}") for row in MATRIX for one in row.all_mistakes()],
+)
+def test_mistakes_are_refused(row, mistake):
+    loss = row.make()
+    y, p, _, _ = good(row)
+    with pytest.raises(mistake.error) as caught:
+        mistake.make(loss, y, p)
+    missing = [word for word in mistake.words if word not in str(caught.value)]
+    assert not missing, f"{missing} not in: {caught.value}"
+
+
+@pytest.mark.parametrize(
+    ("row", "argument", "value"),
+    [pytest.param(row, *one, id=f"{row.name}-{one[0]}={one[1]}") for row in MATRIX for one in row.refused],
+)
+def test_arguments_out_of_range_are_refused(row, argument, value):
+    with pytest.raises((InputError, InputTypeError)) as caught:
+        type(row.make())(**{argument: value})
+    assert argument in str(caught.value) and str(value) in str(caught.value)
+
+
+@parametrize(MATRIX)
+def test_a_prediction_that_is_nan_is_counted_not_hidden(row):
+    y, p, _, _ = good(row)
+    p[0] = np.nan
+    tally = row.make().tally(y, p)
+    assert int(tally.nonfinite) >= 1 and not torch.isfinite(tally.value)
+
+
+# --- no data -------------------------------------------------------------------------------------------------------
+
+
+@parametrize(MATRIX)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_batch_of_no_samples_is_zero(row, reduction, weights):
+    y, p, w, m = (a[:0] for a in good(row))
+    given = (y, p, w, m) if weights else (y, p, None, None)
+    loss = row.make(reduction=reduction)
+    tally, gradient = loss.backprop(*given)
+    assert float(tally.value) == 0 and int(tally.count) == 0 and int(tally.nonfinite) == 0
+    assert gradient.shape == p.shape
+    prediction = p.clone().requires_grad_()
+    value = loss(y, prediction, *given[2:])
+    value.backward()
+    assert float(value.detach()) == 0 and prediction.grad.shape == p.shape
+
+
+@parametrize(MATRIX)
+def test_a_part_without_samples_is_neutral(row):
+    y, p, w, m = good(row)
+    loss = row.make()
+    whole = loss.tally(y, p, w, m)
+    total = loss.tally(y[:0], p[:0], w[:0], m[:0]) + whole
+    assert close(total.value, whole.value) and int(total.count) == int(whole.count)
+
+
+@parametrize(MATRIX)
+def test_a_batch_that_is_all_masked_is_zero_with_zero_gradient(row):
+    y, p, w, m = good(row)
+    tally, gradient = row.make().backprop(y, p, w, torch.zeros_like(m))
+    assert float(tally.value) == 0 and int(tally.count) == 0 and not gradient.any()
+
+
+# --- copies --------------------------------------------------------------------------------------------------------
+
+COPIES = {"pickle": lambda thing: pickle.loads(pickle.dumps(thing)), "deepcopy": copy.deepcopy}
+
+
+@parametrize(MATRIX)
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_copy_is_the_same_loss(row, copied, reduction):
+    loss = row.make(reduction=reduction)
+    again = copied(loss)
+    given = good(row)
+    assert type(again) is type(loss) and again is not loss
+    assert again.reduction is loss.reduction and repr(again) == repr(loss)
+    assert again.get_config() == loss.get_config()
+    assert torch.equal(again(*given), loss(*given))
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_expressions_objectives_and_tallies_can_be_copied(copied):
+    y, p = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[0.2, 0.7], [0.9, 0.4]])
+    loss = 0.5 * ll.losses.BinaryCrossentropy() + ll.losses.Dice(axis=(0, 1))
+    assert torch.equal(copied(loss)(y, p), loss(y, p))
+    objective = ll.Objective(loss, class_weight={0: 2.0})
+    assert torch.equal(copied(objective)(y, p).total, objective(y, p).total)
+    tally = ll.losses.BinaryCrossentropy().tally(y, p, by="class")
+    again = copied(tally)
+    assert torch.equal((again + tally).contributions(), (tally + tally).contributions())
+    # The neutral tally is recognised by being itself.
+    assert copied(ll.Tally.zero()) is ll.Tally.zero()
+    assert copied(ll.losses.Dice(reduction="none")).reduction is ll.losses.Dice(reduction=None).reduction
+
+
+# --- torch.compile -------------------------------------------------------------------------------------------------
+
+
+def compiled(row, backend):
+    """Value, tally and gradients of a compiled call and step, beside those of the loss itself."""
+    loss = row.make()
+    y, p, w, m = good(row)
+
+    def call(y, p, q, w, m):
+        value = loss(y, q, w, m)
+        if not row.closed:
+            return value, value.detach(), torch.zeros(())
+        tally, gradient = loss.backprop_aligned(loss.align(y, p, w, m, checked=True), None, 1.0)
+        return value, tally.value, loss.restore(gradient, p)
+
+    results = []
+    for run in (call, torch.compile(call, backend=backend, fullgraph=row.one_graph)):
+        leaf = p.clone().requires_grad_()
+        value, again, closed = run(y, p, leaf, w, m)
+        value.backward()
+        results.append((value.detach(), again, closed, leaf.grad))
+    return zip(*results, strict=True)
+
+
+@parametrize(MATRIX)
+def test_compiled_is_eager(row):
+    """One graph, also of the checked call; value and gradient as without."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        if not row.one_graph:
+            # Dynamo looks at tensors between its graphs.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        for eager, graph in compiled(row, "aot_eager"):
+            assert close(graph, eager, 1e-14)
+
+
+@pytest.mark.slow
+@parametrize(MATRIX)
+def test_compiled_by_inductor_is_eager(row):
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("Inductor needs a C++ compiler; none was found")
+    torch._dynamo.reset()
+    for eager, graph in compiled(row, "inductor"):
+        assert close(graph, eager, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["bce-logits", "sparse-logits", "mse", "dice-all", "dice-sample"])
+def test_batches_of_other_sizes_do_not_compile_again_and_again(name):
+    row = next(row for row in MATRIX if row.name == name)
+    loss, graphs = row.make(), []
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    run = torch.compile(loss, backend=counting, fullgraph=True)
+    for samples in (3, 5, 6, 7, 9):
+        given = tensors(case(row, SEED, samples=samples))
+        assert torch.equal(run(*given), loss(*given))
+    # The first size, and then one for all sizes.
+    assert len(graphs) == 2
+
+
+# --- torch.func ----------------------------------------------------------------------------------------------------
+
+
+@parametrize(MATRIX)
+@pytest.mark.parametrize("weights", [False, True])
+def test_many_problems_at_once_are_each_by_itself(row, weights):
+    loss = row.make()
+    problems = [tensors(case(row, seed, samples=5, weights=weights, masks=weights)) for seed in range(3)]
+    y, p, w, m = (None if parts[0] is None else torch.stack(parts) for parts in zip(*problems, strict=True))
+    axes = (0, 0, 0, 0) if weights else (0, 0, None, None)
+
+    def call(p, y, w, m):
+        return loss(y, p, w, m)
+
+    gradient = torch.func.grad(call)
+    with warnings.catch_warnings():
+        if not row.batched:
+            warnings.filterwarnings("ignore", "There is a performance drop")
+        assert close(torch.vmap(call, axes)(p, y, w, m), torch.stack([loss(*one) for one in problems]))
+        alone = torch.stack([gradient(p, y, w, m) for y, p, w, m in problems])
+        assert close(torch.vmap(gradient, axes)(p, y, w, m), alone)
+    for one, (y, p, w, m) in zip(alone, problems, strict=True):
+        assert close(one, value_and_gradient(loss, y, p, w, m)[1])
+
+
+@pytest.mark.parametrize("along", [0, 1, 2])
+def test_values_are_checked_in_every_problem_also_under_vmap(along):
+    """Whatever axis holds the problems: a bad value in one of them is named."""
+    labels, logits = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, 3)
+    bad = labels.clone()
+    bad[1, 3] = 3
+    sparse, focal = ll.losses.SparseCategoricalCrossentropy(from_logits=True), ll.losses.BinaryFocalCrossentropy()
+    with pytest.raises(InputError, match=r"from 0 to 2; received 3"):
+        torch.vmap(sparse, (0, along))(bad, logits.movedim(0, along))
+    outside = torch.full((2, 5, 3), 0.5)
+    outside[1, 4, 2] = 7
+    with pytest.raises(InputError, match="received 7"):
+        torch.vmap(focal, (along, along))(*(a.movedim(0, along) for a in (torch.zeros(2, 5, 3), outside)))
+    halves = torch.full((2, 5), 0.5)
+    with pytest.raises(InputError, match="booleans"):
+        torch.vmap(lambda m: ll.losses.MeanSquaredError()(logits[0], logits[0], mask=m))(halves)
+
+
+def test_compiled_calls_check_shapes_and_flag_values():
+    """A graph has no branch on values: shapes are still refused, and what is no probability is NaN, not a number."""
+    torch._dynamo.reset()
+    run = torch.compile(ll.losses.BinaryCrossentropy(), backend="aot_eager")
+    assert torch.isnan(run(torch.zeros(2, 1), torch.full((2, 1), 3.0)))
+    with pytest.raises(LossledgerError, match="same shape"):
+        run(torch.zeros(3, 1), torch.full((2, 1), 0.5))
+
+
+def test_every_class_of_losses_has_a_row():
+    tested = {type(row.make()) for row in MATRIX}
+    untested = {name for name, kind in ll.losses.registry.CLASSES.items() if kind not in tested}
+    assert not untested, f"losses without a row: {untested}"
+    assert len({row.name for row in MATRIX}) == len(ROWS) + len(COUPLED)
