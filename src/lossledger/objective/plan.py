@@ -73,8 +73,8 @@ def by_output(loss: Any, names: Sequence[str] | None) -> tuple[dict[str, Loss | 
         return {n: None if one is None else losses.get(one) for n, one in zip(names, loss, strict=True)}, "list"
     if loss is None:
         raise InputTypeError(
-            "No loss to compute: expected a loss, a list or a dict of losses by output; received None. "
-            "Provide a `loss` argument."
+            "No loss to compute. Provide a `loss` argument: expected a loss, a list or a dict of losses by output; "
+            "received None."
         )
     return {"": losses.get(loss)}, "one"
 

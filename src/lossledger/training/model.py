@@ -135,7 +135,7 @@ class Model:
         """
         if loss is None:
             raise InputError(
-                "No loss to compute: expected a loss, received None. Provide a `loss` argument in `compile()`, for "
+                "No loss to compute. Provide a `loss` argument in `compile()`: expected a loss, received None. For "
                 "example compile(loss='mse')."
             )
         boundary.check_compile(precision, clip_norm, ema, on_nonfinite)
