@@ -1,6 +1,8 @@
 """Every mistake has an error of the library's own tree that says what was expected, what came, where, and what to do.
 
-A row is a mistake: what makes it, the class of its error, and what the message must contain.
+A row is a mistake: what makes it, the class of its error, and what the message must contain. The mistakes that every
+loss refuses follow from its declaration (`declaration.py`, `test_loss_matrix.py`); here are those of single losses, of
+objectives, models and data.
 """
 
 from __future__ import annotations
@@ -136,13 +138,7 @@ SHAPES = [
     row("class-axis-is-batch", lambda: L.BinaryCrossentropy(axis=0)(zeros(3, 2), zeros(3, 2)), InputError, "axis=0"),
     row("class-axis-too-far", lambda: L.BinaryCrossentropy(axis=2)(zeros(3, 2), zeros(3, 2)), InputError, "axis=2"),
     row("dice-axis", lambda: L.Dice(axis=3)(zeros(3, 2), zeros(3, 2)), InputError, "dice", "axis 3"),
-    row("complex", lambda: mse(zeros(2, 1) + 0j, zeros(2, 1)), InputTypeError, "real", "complex64"),
-    row("strings", lambda: mse(np.array(["a"]), zeros(1, 1)), InputTypeError, "y_true", "rectangular array of numbers"),
     row("objects", lambda: mse(zeros(1, 1), np.array([[None]])), InputTypeError, "y_pred", "rectangular"),
-    row("ragged", lambda: mse([[1.0], [1.0, 2.0]], zeros(2, 1)), InputTypeError, "y_true", "rectangular"),
-    row("none", lambda: mse(None, zeros(2, 1)), InputTypeError, "y_true", "NoneType"),
-    row("bool-labels", lambda: SPARSE(torch.tensor([True]), zeros(1, 3)), InputTypeError, "integer", "torch.bool"),
-    row("swapped", lambda: mse(zeros(2, 1).requires_grad_(), zeros(2, 1)), InputError, "(y_true, y_pred)", "Swap"),
 ]
 
 # --- weights, masks, class weights ---------------------------------------------------------------------------------
@@ -155,21 +151,12 @@ WEIGHTS = [
         *("sample_weight", "(2,)", "(2, 3)", "(3,)", "mean_squared_error"),
     ),
     row("mask-by-time", lambda: mse(zeros(2, 3, 1), zeros(2, 3, 1), mask=torch.ones(3)), InputError, "mask", "(3,)"),
-    row("weight-of-one", lambda: mse(zeros(2, 1), zeros(2, 1), [1.0]), InputError, "sample_weight", "(2,)", "(1,)"),
-    row("weight-too-long", lambda: mse(zeros(2, 1), zeros(2, 1), [1.0] * 3), InputError, "(3,)"),
     row("weight-rank", lambda: mse(zeros(2, 1), zeros(2, 1), torch.ones(2, 1, 1)), InputError, "(2, 1, 1)"),
     row("mask-of-halves", lambda: mse(zeros(2, 1), zeros(2, 1), mask=[0.5, 1]), InputError, "mask", "sample_weight"),
     row("mask-of-two", lambda: mse(zeros(2, 1), zeros(2, 1), mask=[2, 1]), InputError, "0 and 1"),
     row("mask-of-nan", lambda: mse(zeros(2, 1), zeros(2, 1), mask=[NAN, 1]), InputError, "0 and 1"),
     row("fit-mask-of-halves", lambda: fit(mask=torch.full((10,), 0.5)), InputError, "mask", "sample_weight"),
-    row("weight-of-strings", lambda: mse(zeros(1, 1), zeros(1, 1), ["a"]), InputTypeError, "sample_weight"),
     row("mask-is-text", lambda: mse(zeros(1, 1), zeros(1, 1), mask="ones"), InputTypeError, "mask", "str"),
-    row(
-        "complex-weight",
-        lambda: mse(zeros(2, 1), zeros(2, 1), np.ones(2) + 1j),
-        InputTypeError,
-        "sample_weight",
-    ),
     row(
         "weight-is-nan",
         lambda: fit(sample_weight=[NAN] + [1.0] * 9),
@@ -268,8 +255,6 @@ VALUES = [
     row("label", lambda: SPARSE([0, 5], zeros(2, 3)), InputError, "0 to 2", "5 at position (1,)", "ignore_class"),
     row("label-of-pixel", lambda: SPARSE([[0, 3]], zeros(1, 2, 3)), InputError, "3 at position (0, 1)", "(1 such"),
     row("label-minus-100", lambda: SPARSE([0, -100], zeros(2, 3)), InputError, "-100", "ignore_class"),
-    row("label-fraction", lambda: SPARSE([0.5], zeros(1, 3)), InputError, "0.5", "integers"),
-    row("label-nan", lambda: SPARSE([NAN], zeros(1, 3)), InputError, "nan", "integers"),
     row("label-in-fit", lambda: sparse_fit(labels(*[0] * 9, 3)), InputError, "3 at position (9,)", "0 to 2"),
     row(
         "label-in-validation-data",
@@ -302,8 +287,6 @@ VALUES = [
         "3 at position",
     ),
     row("torch-axis", lambda: L.get(nn.CrossEntropyLoss())(zeros(2, 4), zeros(2, 4, 3)), InputError, "position 1"),
-    row("probability", lambda: L.BinaryCrossentropy()(zeros(1, 1), zeros(1, 1) + 3), InputError, "3", "from_logits"),
-    row("probability-low", lambda: L.Dice()(zeros(1, 2), zeros(1, 2) - 1), InputError, "-1", "from_logits"),
     row(
         "probability-categorical",
         lambda: L.CategoricalCrossentropy()([[0.0, 1.0]], [[2.0, 3.0]]),
@@ -324,7 +307,6 @@ VALUES = [
         InputError,
         "from_logits",
     ),
-    row("target", lambda: BCE([[2.0]], [[0.0]]), InputError, "[0, 1]", "received 2"),
     row("target-in-fit", lambda: fit(model(loss=BCE), X, OUTSIDE), InputError, "binary_crossentropy", "received 7"),
     row("target-nan", lambda: fit(model(loss=BCE), X, Y * NAN), InputError, "received nan"),
 ]
@@ -336,7 +318,6 @@ NAMES = [
     row("loss-in-compile", lambda: model(loss="msee"), UnknownNameError, "loss", "'msee'", "Did you mean 'mse'"),
     row("optimizer", lambda: model(optimizer="adamm"), UnknownNameError, "optimizer", "Did you mean 'adam'"),
     row("metric", lambda: model(metrics=["acuracy"]), UnknownNameError, "metric", "Did you mean 'accuracy'"),
-    row("reduction", lambda: L.Huber(reduction="men"), UnknownNameError, "reduction", "Did you mean 'mean'"),
     row("regularizer", lambda: model(regularizers={"*": "l22"}), UnknownNameError, "regularizer", "Did you mean 'l2'"),
     row("pattern", lambda: model(regularizers={"wieght": "l2"}), UnknownNameError, "pattern", "Did you mean 'weight'"),
     row("precision", lambda: model(precision="bf16"), UnknownNameError, "precision", "Did you mean 'bfloat16'"),
@@ -492,14 +473,8 @@ MAKING = [
     row("regularizer-negative", lambda: ll.regularizers.L2(-1), InputError, "l2", "-1"),
     row("orthogonal-vector", lambda: fit(model(regularizers={"bias": "orthogonal"})), InputError, "matrix", "(1,)"),
     row("regularizers-without-model", lambda: regularized_call(), InputError, "model=net"),
-    row("from-logits-number", lambda: L.BinaryCrossentropy(1), InputError, "from_logits", "1"),
     row("dice-from-logits", lambda: L.Dice(from_logits=True), InputError, "'sigmoid'", "'softmax'"),
-    row("label-smoothing", lambda: L.BinaryCrossentropy(label_smoothing=1), InputError, "[0, 1)"),
-    row("delta", lambda: L.Huber(0), InputError, "delta", "0"),
-    row("smooth", lambda: L.Dice(smooth=0), InputError, "smooth"),
-    row("gamma", lambda: L.BinaryFocalCrossentropy(gamma=-1), InputError, "gamma", "-1"),
     row("tversky-alpha", lambda: L.Tversky(alpha=-1), InputError, "alpha", "-1"),
-    row("dtype", lambda: L.Dice(dtype="float33"), InputTypeError, "dtype", "float33"),
     row("tally-of-none", lambda: L.Huber(reduction="none").tally(zeros(1, 1), zeros(1, 1)), InputError, "'none'"),
     row("fit-of-none", lambda: fit(model(loss=L.Huber(reduction=None))), InputError, "'none'", "Choose"),
     row("not-compiled", lambda: ll.Model(nn.Linear(3, 1)).fit(X, Y), InputError, "compile"),

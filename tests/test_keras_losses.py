@@ -144,12 +144,7 @@ def test_bad_values_are_named(loss, y, p, says):
         loss(y, p)
 
 
-def test_bad_arguments_are_named():
-    for q in (0.0, 1.0, 2.0):
-        with pytest.raises(InputError, match="q must be"):
-            L.CategoricalGeneralizedCrossEntropy(q=q)
-    with pytest.raises(InputError, match="gamma"):
-        L.Circle(gamma=0.0)
+def test_losses_without_classes_take_no_class_weight():
     for loss in (L.CTC(), L.Circle(), L.CosineSimilarity(), L.LogCosh()):
         y, p = ([[1]], [[[0.0, 1.0]]]) if isinstance(loss, L.CTC) else ([[1.0]], [[1.0]])
         with pytest.raises(InputError, match="class_weight needs classes"):
@@ -176,30 +171,6 @@ def test_ctc_is_the_sum_over_all_paths(seed):
     assert got == pytest.approx(
         oracles.reduce_entries(each[:, None], "sum_over_batch_size", weight[:, None], mask[:, None])
     )
-
-
-@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
-def test_ctc_of_parts_adds_up(reduction):
-    labels, logits, weight, mask = map(torch.as_tensor, sequences(7, samples=6))
-    mask[1], mask[0] = False, True
-    loss = L.CTC(reduction=reduction)
-    whole, gradient = loss.backprop(labels, logits, weight, mask, by="sample")
-    parts = [loss.tally(*(a[s] for a in (labels, logits, weight, mask))) for s in (slice(0, 1), slice(1, 6))]
-    assert float(sum(parts).value) == pytest.approx(float(whole.value), rel=1e-12)
-    assert float(whole.contributions().sum()) == pytest.approx(float(whole.value), rel=1e-12)
-    bad, labels[1] = logits.clone(), -100
-    bad[1] = torch.nan
-    assert torch.equal(loss.backprop(labels, bad, weight, mask)[1], gradient) and not gradient[1].any()
-
-
-def test_ctc_gradient():
-    labels, logits, weight, mask = map(torch.as_tensor, sequences(3))
-    assert torch.autograd.gradcheck(lambda z: L.CTC()(labels, z, weight, mask), (logits.requires_grad_(),))
-
-
-def test_ctc_of_an_empty_batch_is_zero():
-    tally = L.CTC().tally(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 4, 3))
-    assert float(tally.value) == 0 and int(tally.count) == 0
 
 
 # --- circle --------------------------------------------------------------------------------------------------------
