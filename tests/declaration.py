@@ -90,8 +90,8 @@ def with_weight(shape: Callable[[int], tuple[int, ...]]) -> Callable[..., Any]:
 
 
 EVERYWHERE = (
-    Mistake("fewer-targets", lambda loss, y, p: loss(y[1:], p), InputError, ("y_true (", "y_pred")),
-    Mistake("more-targets", lambda loss, y, p: loss(torch.cat((y, y)), p), InputError, ("y_true (", "y_pred")),
+    Mistake("fewer-targets", lambda loss, y, p: loss(y[1:], p), InputError, ("y_true", "y_pred")),
+    Mistake("more-targets", lambda loss, y, p: loss(torch.cat((y, y)), p), InputError, ("y_true", "y_pred")),
     Mistake("target-is-none", lambda loss, y, p: loss(None, p), InputTypeError, ("y_true", "NoneType")),
     Mistake("target-is-text", lambda loss, y, p: loss(np.array(["a"]), p), InputTypeError, ("y_true", "numbers")),
     Mistake("output-is-ragged", lambda loss, y, p: loss(y, [[1.0], [1.0, 2.0]]), InputTypeError, ("y_pred",)),
@@ -115,13 +115,13 @@ EVERYWHERE = (
     Mistake("group", lambda loss, y, p: loss.tally(y, p, by="clas"), InputError, ("'clas'", "by")),
     Mistake(
         "reduction",
-        lambda loss, y, p: type(loss)(**{**needed(loss), "reduction": "men"}),
+        lambda loss, y, p: type(loss)(**{**loss.get_config(), "reduction": "men"}),
         UnknownNameError,
         ("Invalid value for argument `reduction`", "Did you mean 'mean'"),
     ),
     Mistake(
         "dtype",
-        lambda loss, y, p: type(loss)(**{**needed(loss), "dtype": "float33"}),
+        lambda loss, y, p: type(loss)(**{**loss.get_config(), "dtype": "float33"}),
         InputTypeError,
         ("dtype", "float33"),
     ),
@@ -180,8 +180,3 @@ BY_TARGET: dict[str | None, tuple[Mistake, ...]] = {
         ),
     ),
 }
-
-
-def needed(loss: Any) -> dict[str, Any]:
-    """The arguments without which a loss cannot be made."""
-    return {"fn": loss.fn} if hasattr(loss, "fn") else {}

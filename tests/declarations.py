@@ -80,7 +80,3 @@ COUPLED = [
     ),
 ]
 MATRIX = [*ROWS, *COUPLED]
-
-
-def tensors(*arrays):
-    return [torch.as_tensor(a) for a in arrays]

@@ -70,8 +70,9 @@ def test_mistakes_are_refused(row, mistake):
     [pytest.param(row, *one, id=f"{row.name}-{one[0]}={one[1]}") for row in MATRIX for one in row.refused],
 )
 def test_arguments_out_of_range_are_refused(row, argument, value):
+    loss = row.make()
     with pytest.raises((InputError, InputTypeError)) as caught:
-        type(row.make())(**{argument: value})
+        type(loss)(**{**loss.get_config(), argument: value})
     assert argument in str(caught.value) and str(value) in str(caught.value)
 
 
