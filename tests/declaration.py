@@ -105,7 +105,9 @@ EVERYWHERE = (
         "complex-weight", lambda loss, y, p: loss(y, p, np.ones(len(p)) + 1j), InputTypeError, ("sample_weight", "real")
     ),
     Mistake("weight-is-text", lambda loss, y, p: loss(y, p, "ones"), InputTypeError, ("sample_weight", "str")),
-    Mistake("longer-mask", lambda loss, y, p: loss(y, p, mask=torch.ones(len(p) + 1)), InputError, ("mask", "(6,)")),
+    Mistake(
+        "longer-mask", lambda loss, y, p: loss(y, p, mask=torch.ones(len(p) + 1)), InputError, ("mask", "received (")
+    ),
     Mistake(
         "mask-is-a-weight",
         lambda loss, y, p: loss(y, p, mask=torch.full((len(p),), 0.5)),

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import functools
 
-import torch
-
 import inputs
 import lossledger as ll
 import oracles
 import rows_beyond
+import rows_coupled
 import rows_keras
 import rows_segmentation
-from declaration import Declaration, Mistake
-from lossledger.errors import InputError
+from declaration import Declaration
 
 L = ll.losses
 ROWS = [*rows_keras.ROWS, *rows_segmentation.ROWS, *rows_beyond.ROWS]
@@ -57,26 +55,8 @@ def overlap(name, axis):
     )
 
 
-def circle(y, p, w, m):
-    losses, counts = oracles.circle(y, p, 4.0, 0.3, True, m)
-    return (losses * w)[counts].sum() / counts.sum()
-
-
 COUPLED = [
     *(overlap(name, axis) for name in OVERLAPS for axis in AXES),
-    Declaration(
-        "circle",
-        lambda **k: L.Circle(gamma=4.0, margin=0.3, **k),
-        inputs.directions,
-        None,
-        closed=False,
-        kinds=("sample",),
-        whole=circle,
-        per_sample=True,
-        refused=(("gamma", 0.0),),
-        mistakes=(
-            Mistake("one-hot", lambda loss, y, p: loss(torch.nn.functional.one_hot(y), p), InputError, ("argmax(-1)",)),
-        ),
-    ),
+    *rows_coupled.ROWS,
 ]
 MATRIX = [*ROWS, *COUPLED]

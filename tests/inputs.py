@@ -72,12 +72,6 @@ def label_sequences(rng, entries):
     return labels, rng.normal(0, 2, (*entries, COLUMNS))
 
 
-def directions(rng, entries):
-    """Labels of samples, and vectors of length 1."""
-    vectors = rng.normal(0, 1, (entries[0], COLUMNS))
-    return rng.permutation(np.arange(entries[0]) % 2), vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
 # What targets are, as far as losses check it; inputs that are not listed have no mistakes of their own.
 TARGETS = {
     binary_logits: "shares",

@@ -25,7 +25,7 @@ def parametrize(rows):
 
 
 def good(row, **options):
-    return tensors(case(row, SEED, samples=5, **options))
+    return tensors(case(row, SEED, samples=9, **options))
 
 
 # --- values of losses that are no mean of elements -----------------------------------------------------------------
@@ -33,7 +33,7 @@ def good(row, **options):
 
 @parametrize(COUPLED)
 def test_value_and_gradient_of_a_whole(row):
-    arrays = case(row, SEED, samples=5)
+    arrays = case(row, SEED, samples=9)
     loss = row.make()
     tally, gradient = value_and_gradient(loss, *arrays)
     assert float(tally.value.detach()) == pytest.approx(row.whole(*arrays), abs=1e-9)
@@ -295,7 +295,7 @@ def test_batches_of_other_sizes_do_not_compile_again_and_again(name):
 @pytest.mark.parametrize("weights", [False, True])
 def test_many_problems_at_once_are_each_by_itself(row, weights):
     loss = row.make()
-    problems = [tensors(case(row, seed, samples=5, weights=weights, masks=weights)) for seed in range(3)]
+    problems = [tensors(case(row, seed, samples=9, weights=weights, masks=weights)) for seed in range(3)]
     y, p, w, m = (None if parts[0] is None else torch.stack(parts) for parts in zip(*problems, strict=True))
     axes = (0, 0, 0, 0) if weights else (0, 0, None, None)
 

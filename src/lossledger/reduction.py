@@ -66,6 +66,12 @@ class Reduction:
         # Once, not in each step.
         object.__setattr__(self, "_reads_targets", self.statistic is not None and _takes_two(self.statistic, self.name))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A named reduction is one object: a copy must be recognised as it, in another process too.
+        if _REDUCTIONS.get(self.name) is self:
+            return get, (self.name,)
+        return Reduction, (self.name, self.statistic, self.rescale)
+
     def divisor(self, weighting: Weighting, y_true: Tensor) -> Tensor | int | None:
         """What a part of the data adds to the divisor; `None` for a divisor that does not depend on the data.
 
@@ -96,12 +102,6 @@ def _takes_two(statistic: Any, name: str) -> bool:
         f"Reduction {name!r}: statistic must be a function of the weighting, or of the weighting and the targets; "
         f"received {statistic!r}. Write lambda weighting, y_true: …"
     )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A named reduction is one object: a copy must be recognised as it, in another process too.
-        if _REDUCTIONS.get(self.name) is self:
-            return get, (self.name,)
-        return Reduction, (self.name, self.statistic, self.rescale)
 
 
 def _valid_entries(weighting: Weighting) -> Tensor:

@@ -323,7 +323,8 @@ def class_vector(
         >>> class_vector({"cat": 3.0}, 2, names=["dog", "cat"]).tolist()
         [1.0, 3.0]
     """
-    if not isinstance(class_weight, Tensor):
+    # Not in a compiled graph, which holds no branch on values.
+    if not isinstance(class_weight, Tensor) and not torch.compiler.is_compiling():
         check_class_weight(class_weight, where)
     if isinstance(class_weight, Mapping):
         weights = [1.0] * classes
@@ -331,8 +332,10 @@ def class_vector(
             weights[_class_index(key, classes, names, where)] = float(value)
         return torch.tensor(weights, dtype=torch.float64)
     # Numbers of Python are float64; torch would round them to its default dtype.
-    array = class_weight if isinstance(class_weight, Tensor | np.ndarray) else np.asarray(class_weight, np.float64)
-    vector = as_tensor(array, f"{where}: class_weight")
+    held = isinstance(class_weight, Tensor | np.ndarray)
+    vector = as_tensor(
+        class_weight if held else torch.as_tensor(class_weight, dtype=torch.float64), f"{where}: class_weight"
+    )
     if tuple(vector.shape) != (classes,):
         raise InputError(
             f"{where}: class_weight must hold one number a class; expected shape ({classes},), "

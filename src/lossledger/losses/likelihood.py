@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.func import debug_unwrap
 
 from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
@@ -82,7 +83,7 @@ class GaussianNegativeLogLikelihood(ErrorLoss):
         return weights.select(y_true, 0), twice.select(y_pred, 0.5)
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
-        bad = y_pred.detach().chunk(2, -1)[1] < 0
+        bad = debug_unwrap(y_pred.detach().chunk(2, -1)[1] < 0)
         if not self.log_variance and bool(bad.any()):
             raise InputError(
                 f"{where}: a variance must not be negative; received {int(bad.sum())} that are. End the model with a "

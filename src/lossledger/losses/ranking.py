@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.func import debug_unwrap
 
 from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
@@ -61,7 +62,8 @@ def check_margin(margin: Any, name: str) -> float:
 def length(vectors: Tensor) -> Tensor:
     """Euclidean length along the last axis; the gradient at a zero vector is 0."""
     square = vectors.square().sum(-1)
-    some = square > 0
+    # A NaN stays one: it is not 0.
+    some = square != 0
     return square.where(some, 1.0).sqrt().where(some, 0.0)
 
 
@@ -105,6 +107,7 @@ class MarginRanking(_Compared):
         self.margin = check_margin(margin, self.name)
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
+        y_true = debug_unwrap(y_true.detach())
         bad = y_true.abs() != 1
         if bool(bad.any()):
             raise InputError(
