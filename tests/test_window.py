@@ -21,6 +21,8 @@ from lossledger.window import Window, running
 
 L = ll.losses
 LOGITS = {"from_logits": True}
+# CTC has one value a sample, and two steps spell too little for it: it has a test of its own.
+BY_ENTRY = [row for row in ROWS if row.name != "ctc"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
@@ -92,7 +94,7 @@ def draw_output(data, rng, samples):
     """A loss with its target and output: any row of the loss suites, or an overlap loss."""
     reduction = data.draw(st.sampled_from(REDUCTIONS))
     if data.draw(st.booleans()):
-        row = data.draw(st.sampled_from(ROWS))
+        row = data.draw(st.sampled_from(BY_ENTRY))
         return row.make(reduction=reduction), *row.inputs(rng, (samples, 2))
     make, _ = OVERLAPS[data.draw(st.sampled_from(sorted(OVERLAPS)))]
     axis = AXES[data.draw(st.sampled_from(sorted(AXES)))]

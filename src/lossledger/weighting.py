@@ -18,9 +18,11 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import debug_unwrap
 
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, UnknownNameError
+
+# The values behind `torch.func.vmap`. Before torch 2.7 nothing public shows them, and vmap refuses to check values.
+unwrapped: Any = getattr(torch.func, "debug_unwrap", lambda tensor: tensor)
 
 # Torch stores these, and can neither compare nor index them; the wider type holds all of their values.
 _WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
@@ -63,7 +65,7 @@ def not_finite(values: Tensor) -> Tensor:
 
 def any_of(bad: Tensor) -> bool:
     """Whether any is set, on the host; under `torch.func.vmap`, in any of the problems."""
-    return bool(debug_unwrap(bad).any())
+    return bool(unwrapped(bad).any())
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -382,7 +384,7 @@ def check_labels(labels: Tensor, classes: int, where: str, ignore: int | None = 
         InputTypeError: labels that are not integers.
         InputError: a label out of range, with its value and how many there are.
     """
-    labels = debug_unwrap(labels)
+    labels = unwrapped(labels)
     if labels.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise InputTypeError(f"{where}: expected integer class labels, received dtype {labels.dtype}.")
     bad = (labels < 0) | (labels >= classes) | (labels != labels.round() if labels.is_floating_point() else False)
@@ -412,7 +414,7 @@ def check_probabilities(y_pred: Tensor, where: str) -> None:
     Raises:
         InputError: a value outside, with the remedy `from_logits`.
     """
-    y_pred = debug_unwrap(y_pred.detach())
+    y_pred = unwrapped(y_pred.detach())
     bad = outside_probabilities(y_pred)
     if bool(bad.any()):
         raise InputError(
@@ -428,7 +430,7 @@ def check_targets(y_true: Tensor, where: str, upper: float = 1.0) -> None:
     Raises:
         InputError: a target outside, with its value.
     """
-    y_true = debug_unwrap(y_true.detach())
+    y_true = unwrapped(y_true.detach())
     bad = ~((y_true >= 0) & (y_true <= upper))
     if bool(bad.any()):
         raise InputError(

@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.func import debug_unwrap
 
 from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
@@ -17,7 +16,7 @@ from lossledger.losses.classification import column_weight
 from lossledger.losses.elementwise import ElementLoss
 from lossledger.losses.prediction import Space
 from lossledger.reduction import Reduction
-from lossledger.weighting import ClassWeight, check_targets, class_vector
+from lossledger.weighting import ClassWeight, check_targets, class_vector, unwrapped
 
 
 class _Margin(ElementLoss):
@@ -35,7 +34,7 @@ class _Margin(ElementLoss):
         return column_weight(y_true, class_weight, where)
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
-        y_true = debug_unwrap(y_true.detach())
+        y_true = unwrapped(y_true.detach())
         bad = ~(y_true.abs() <= 1)
         if bool(bad.any()):
             raise InputError(

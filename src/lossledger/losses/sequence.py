@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import debug_unwrap
 
 from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
@@ -13,7 +12,7 @@ from lossledger.losses.elementwise import ElementLoss
 from lossledger.losses.prediction import Space
 from lossledger.losses.regression import refuse_class_weight
 from lossledger.reduction import Reduction
-from lossledger.weighting import ClassWeight, Weighting, any_of, check_labels, shape_of, split_shape
+from lossledger.weighting import ClassWeight, Weighting, any_of, check_labels, shape_of, split_shape, unwrapped
 
 
 class CTC(ElementLoss):
@@ -91,7 +90,7 @@ class CTC(ElementLoss):
         # Between two equal labels a path needs a blank.
         needed = (y_true != 0).sum(1) + ((before == after) & (after != 0)).sum(1)
         if any_of(needed > y_pred.shape[1]):
-            needed = debug_unwrap(needed)
+            needed = unwrapped(needed)
             raise InputError(
                 f"{where}: an output of T = {y_pred.shape[1]} steps cannot spell the target of sample "
                 f"{int(needed.argmax())}; expected at least {int(needed.max())} steps. Shorten the target, use more "

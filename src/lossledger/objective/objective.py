@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lossledger.errors import EmptyDataError, InputError, OutputNameError, UnknownNameError
+from lossledger.errors import EmptyDataError, InputError, UnknownNameError
 from lossledger.losses.aligned import Aligned
 from lossledger.losses.loss import By
 from lossledger.losses.parts import check_part
 from lossledger.objective import plan as planning
+from lossledger.objective import structure
 from lossledger.objective.auxiliary import auxiliary_tally, unpacked
 from lossledger.objective.breakdown import Backprop, Breakdown, Term, Whole
 from lossledger.objective.plan import Penalty, TermPlan
@@ -424,81 +425,18 @@ class Objective:
         return self._auxiliary_weights.get(name, 1.0)
 
     def split(self, value: Any, what: str, required: frozenset[str] | None = None) -> dict[str, Any]:
-        """A value for each output, from the structure of the outputs.
-
-        Raises:
-            InputError: a structure that does not fit the loss.
-            UnknownNameError: an output that does not exist.
-        """
-        required = frozenset(self.outputs) if required is None else required
-        if self.structure == "one":
-            if isinstance(value, Mapping | list | tuple) and what == "y_pred":
-                raise InputError(
-                    f"The loss is for one output; expected {what} to be one tensor, received a "
-                    f"{type(value).__name__} of {len(value)}. Give a loss for each output: a dict by name or a list."
-                )
-            return {"": value}
-        if isinstance(value, Mapping):
-            unknown = [name for name in value if name not in self.outputs]
-            if unknown and what != "y_pred":
-                raise UnknownNameError(f"output in {what}", unknown[0], self.outputs)
-            missing = [name for name in required if name not in value]
-            if missing and what == "y_pred":
-                raise OutputNameError(
-                    f"The output {missing[0]!r} of the loss can't be found in the model's output (`y_pred`): "
-                    f"Expected keys {list(value)} in loss dict, received {list(self.outputs)}. Name the losses as the "
-                    "model names its outputs."
-                )
-            if missing:
-                raise InputError(
-                    f"{_mismatch(what)}: expected the output {missing[0]!r}, received only {list(value)}. The loss "
-                    f"was given for {list(self.outputs)}; give the loss None to an output without one."
-                )
-            return {name: value[name] for name in self.outputs if name in value}
-        if isinstance(value, list | tuple):
-            if len(value) != len(self.outputs):
-                raise InputError(
-                    f"{_mismatch(what)}: expected {len(self.outputs)} outputs {list(self.outputs)}, received "
-                    f"{len(value)}. Give one value an output; the loss None skips an output."
-                )
-            return dict(zip(self.outputs, value, strict=True))
-        raise InputError(
-            f"{_mismatch(what)}: expected a {'dict' if self.structure == 'dict' else 'list'} with the outputs "
-            f"{list(self.outputs)}, received {type(value).__name__}. The loss was given by output; for several losses "
-            "on one output add them: a + b."
-        )
+        """A value for each output; see `lossledger.objective.structure.split`."""
+        return structure.split(value, what, self.outputs, self.structure, required)
 
     def split_optional(self, value: Any, what: str) -> dict[str, Any]:
         """A weight or mask for each output; a single one is for all of them."""
-        if value is None:
-            return {}
-        if self.structure == "one":
-            if isinstance(value, Mapping):
-                raise InputError(f"{what}: the model has one output; expected an array, received a dict.")
-            return {"": value}
-        if isinstance(value, Mapping):
-            unknown = [name for name in value if name not in self.outputs]
-            if unknown:
-                raise UnknownNameError(f"output in {what}", unknown[0], self.outputs)
-            return dict(value)
-        if isinstance(value, list | tuple) and len(value) == len(self.outputs) and not _is_numbers(value):
-            return dict(zip(self.outputs, value, strict=True))
-        return dict.fromkeys(self.outputs, value)
+        return structure.split_optional(value, what, self.outputs, self.structure)
 
 
 def _samples(batches: list[Aligned]) -> int:
     """Number of samples of a batch."""
     first = batches[0].prediction.raw
     return int(first.shape[0]) if first.ndim else 1
-
-
-def _mismatch(what: str) -> str:
-    """How the message starts when targets or outputs do not come as the losses do."""
-    return f"y_true and y_pred have different structures: {what}" if what == "y_true" else what
-
-
-def _is_numbers(value: Sequence[Any]) -> bool:
-    return all(isinstance(v, int | float) for v in value)
 
 
 def _shared(batch: Aligned, others: list[Aligned]) -> Aligned:
