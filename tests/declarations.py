@@ -17,7 +17,6 @@ import rows_keras
 import rows_segmentation
 from declaration import Declaration
 
-L = ll.losses
 ROWS = [*rows_keras.ROWS, *rows_segmentation.ROWS, *rows_beyond.ROWS]
 NAMES = [row.name for row in ROWS]
 
@@ -30,6 +29,8 @@ REDUCTIONS = (
     "mean_per_sample",
 )
 
+
+L = ll.losses
 # (κ, α, β) of each overlap loss, and the axes of its sums on [B, d, C].
 OVERLAPS = {
     "dice": (lambda **k: L.Dice(**k), (2.0, 1.0, 1.0)),

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import declarations
 import lossledger as ll
 import oracles
 from checks import as_tensor, case, close, value_and_gradient
@@ -214,98 +213,3 @@ def test_weight_of_each_element(row):
     _, closed = row.make().backprop(as_tensor(y), as_tensor(p), as_tensor(w))
     _, gradient = value_and_gradient(row.make(), y, p, w, None)
     assert close(closed, gradient)
-
-
-# --- overlap losses: ratios over the batch, and means of ratios -----------------------------------------------------
-
-
-def overlap_case(seed, samples=5):
-    rng = np.random.default_rng(seed)
-    y = (rng.random((samples, 4, 3)) < 0.5).astype(float)
-    z = rng.normal(0, 1.5, (samples, 4, 3))
-    return y, z, rng.uniform(0.3, 2, (samples, 4)), rng.random((samples, 4)) < 0.7
-
-
-@pytest.mark.parametrize("name", declarations.OVERLAPS)
-@pytest.mark.parametrize("axis", declarations.AXES.values(), ids=declarations.AXES)
-@pytest.mark.parametrize("space", [False, "sigmoid", "softmax"])
-@pytest.mark.parametrize("weights", [False, True])
-def test_overlap_value_and_gradient(name, axis, space, weights):
-    make, coefficients = declarations.OVERLAPS[name]
-    y, z, w, m = overlap_case(3)
-    p = {False: oracles.sigmoid(z), "sigmoid": oracles.sigmoid(z), "softmax": oracles.softmax(z)}[space]
-    given_ = p if space is False else z
-    w, m = (w, m) if weights else (None, None)
-    expected = oracles.overlap(
-        y,
-        p,
-        *coefficients,
-        axis,
-        weight=None if w is None else w[..., None],
-        mask=None if m is None else m[..., None],
-    ).mean()
-    loss = make(axis=axis, from_logits=space)
-    tally, gradient = value_and_gradient(loss, y, given_, w, m)
-    assert abs(float(tally.value.detach()) - expected) < 1e-9
-    _, closed = loss.backprop(*map(as_tensor, (y, given_, w, m)))
-    assert close(closed, gradient)
-    prediction = torch.as_tensor(given_).requires_grad_()
-    assert torch.autograd.gradcheck(lambda q: loss(as_tensor(y), q, as_tensor(w), as_tensor(m)), (prediction,))
-
-
-@given(
-    st.sampled_from(list(declarations.OVERLAPS)),
-    st.sampled_from(list(declarations.AXES.values())),
-    seeds,
-    st.booleans(),
-)
-def test_overlap_parts_add_up(name, axis, seed, class_weights):
-    """Statistics of unequal parts add, and parts back-propagate with the statistics of the whole."""
-    y, z, w, m = overlap_case(seed, samples=6)
-    loss = declarations.OVERLAPS[name][0](axis=axis, from_logits="sigmoid")
-    vector = [1.0, 3.0, 0.5] if class_weights else None
-
-    def tally(s, by=None):
-        batch = loss.align(*(as_tensor(a[s]) for a in (y, z, w, m)), class_weight=vector)
-        return loss.tally_aligned(batch, by), batch
-
-    whole, batch = tally(slice(0, 6))
-    parts = [tally(s) for s in (slice(0, 1), slice(1, 3), slice(3, 6))]
-    total = sum(t for t, _ in parts)
-    assert close(total.value, whole.value)
-    _, gradient = loss.backprop_aligned(batch, None, 1.0)
-    pieces = [loss.backprop_aligned(b, total, 1.0)[1] for _, b in parts]
-    assert close(torch.cat(pieces), gradient)
-    for by in ("class", "sample"):
-        if by == "sample" and axis is not None and 0 not in axis and 2 in axis:
-            continue
-        grouped, _ = tally(slice(0, 6), by)
-        assert close(grouped.contributions().sum(), whole.value)
-
-
-def test_overlap_with_class_weights_and_sample_weights():
-    """A kept class axis multiplies the result, also beside sample weights; a reduced one enters the sums."""
-    y, z, w, _ = overlap_case(5)
-    p, c = oracles.sigmoid(z), np.array([1.0, 3.0, 0.5])
-    kept = ll.losses.Dice(axis=(0, 1), from_logits="sigmoid").tally(
-        *map(as_tensor, (y, z, w[:, 0])), class_weight=list(c)
-    )
-    expected = (c * oracles.overlap(y, p, 2, 1, 1, (0, 1), weight=w[:, :1, None])).mean()
-    assert abs(float(kept.value) - expected) < 1e-12
-    pooled = ll.losses.Dice(from_logits="sigmoid").tally(*map(as_tensor, (y, z, w[:, 0])), class_weight=list(c))
-    assert abs(float(pooled.value) - oracles.overlap(y, p, 2, 1, 1, None, weight=w[:, :1, None] * c)) < 1e-12
-
-
-def test_sample_weights_of_one_batch_and_of_single_samples_agree():
-    """A weight of 2 for every sample cancels in a ratio, whether the batch holds one sample or five."""
-    y, z, _, _ = overlap_case(5)
-    loss = ll.losses.Dice(from_logits="sigmoid")
-    for samples in (1, 5):
-        twos = np.full(samples, 2.0)
-        a = float(loss(*map(as_tensor, (y[:samples], z[:samples], twos))))
-        b = float(loss(*map(as_tensor, (y[:samples], z[:samples]))))
-        assert abs(a - b) < 1e-7
-
-
-def test_empty_target_and_prediction_has_no_dice_loss():
-    assert float(ll.losses.Dice()(np.zeros((2, 3)), np.zeros((2, 3)))) == 0

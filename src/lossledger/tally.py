@@ -9,6 +9,8 @@ described by sums that add with `+`, and one formula turns the sums of any whole
 * A sum has the divisor 0 and the offset 1 (or the length of the class axis): nothing that depends on the data divides.
 * Dice, Jaccard and Tversky whose statistics run over the batch have a cell for each kept class, a divisor that
   depends on the predictions, and the smoothing constant as the offset.
+* A loss that is no plain quotient of its statistics (a power of it, a class left out when it is absent) names the
+  *link* that turns the sums of the whole into the loss of each cell: `value = coefficient · Σ_g link_g`.
 
 Because statistics add, the same `+` merges micro-batches, ranks and epochs, in any order and any grouping.
 
@@ -18,9 +20,10 @@ how the laws are tested exactly.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -31,6 +34,20 @@ Number = Any
 
 GroupKey = tuple[Hashable, str]
 """Name of a group, and "present", "absent" or "" (a binary loss splits each class by what the target says)."""
+
+
+class Link(Protocol):
+    """From the additive statistics of a whole to the loss of each of its cells; two links compare with `==`."""
+
+    def __call__(self, numerator: Number, divisor: Number, statistics: Number) -> Number:
+        """The loss of each cell, `[G]`.
+
+        Args:
+            numerator: `[G]`.
+            divisor: `[G]`, with the offset.
+            statistics: `[K, G]`, what else of the cells the link needs.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +142,11 @@ def divide(numerator: Number, divisor: Number) -> Number:
     return numerator * (divisor != 0) / (divisor + empty)
 
 
+def _like(array: Number, values: list[float]) -> Number:
+    """`values` as an array of the kind of `array`."""
+    return array.new_tensor(values) if hasattr(array, "new_tensor") else np.asarray(values)
+
+
 def _sum(values: Number) -> Number:
     return values.sum() if hasattr(values, "sum") else values
 
@@ -146,6 +168,8 @@ class Tally:
             the predictions.
         nonfinite: number of NaN or infinite elements.
         groups: how the tally divides over groups.
+        statistics: `[K, G]`, further sums of the cells that the link reads; `None` without a link.
+        link: what makes the losses of the cells from the sums, where it is not the quotient.
 
     Returns of `value` and `contributions()` have the kind of the statistics: a torch tensor stays differentiable.
 
@@ -166,6 +190,8 @@ class Tally:
     form: Literal["linear", "ratio"] = "linear"
     nonfinite: Number = 0
     groups: Groups | None = field(default=None)
+    statistics: Number = None
+    link: Link | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the tally of no data is still the neutral one.
@@ -181,7 +207,14 @@ class Tally:
     @property
     def value(self) -> Number:
         """The loss of the part: numerator over divisor, 0 when nothing counted."""
-        return self.coefficient * _sum(divide(self.numerator, self.divisor + self.offset))
+        return self.coefficient * _sum(self._cells())
+
+    def _cells(self) -> Number:
+        """The loss of each cell."""
+        divisor = self.divisor + self.offset
+        if self.link is None:
+            return divide(self.numerator, divisor)
+        return self.link(self.numerator, divisor, self.statistics)
 
     def contributions(self) -> Number:
         """`[R]`, the share of each group in `value`; they sum to it.
@@ -194,10 +227,20 @@ class Tally:
                 "This tally has no groups: expected one computed with `by`, received one without. "
                 'Ask for them: loss.tally(y_true, y_pred, by="class").'
             )
+        if self.link is not None:
+            return self._linked(self.groups)
         divisor = self.divisor + self.offset
         if self.groups.cell is not None:
             divisor = divisor[list(self.groups.cell)]
         return self.coefficient * divide(self.groups.numerator, divisor)
+
+    def _linked(self, groups: Groups) -> Number:
+        """The loss of each cell, divided over its rows as its numerator is; evenly where that is 0."""
+        cell = list(groups.cell) if groups.cell is not None else [0] * len(groups)
+        rows = Counter(cell)
+        whole = self.numerator[cell]
+        share = divide(groups.numerator, whole) + (whole == 0) * _like(groups.numerator, [1 / rows[c] for c in cell])
+        return self.coefficient * self._cells()[cell] * share
 
     def __add__(self, other: Tally) -> Tally:
         if not isinstance(other, Tally):
@@ -206,11 +249,10 @@ class Tally:
             return other
         if other is _ZERO:
             return self
-        if (self.coefficient, self.offset, self.form) != (other.coefficient, other.offset, other.form):
+        if self._constants != other._constants:
             raise InputError(
-                "Tallies of different losses cannot be added: expected coefficient, offset and form "
-                f"{(self.coefficient, self.offset, self.form)}, received "
-                f"{(other.coefficient, other.offset, other.form)}. Add tallies of one loss; add values of several."
+                "Tallies of different losses cannot be added: expected coefficient, offset, form and link "
+                f"{self._constants}, received {other._constants}. Add tallies of one loss; add values of several."
             )
         if (self.groups is None) != (other.groups is None):
             raise InputError(
@@ -227,7 +269,14 @@ class Tally:
             self.form,
             self.nonfinite + other.nonfinite,
             None if self.groups is None or other.groups is None else self.groups + other.groups,
+            None if self.statistics is None else self.statistics + other.statistics,
+            self.link,
         )
+
+    @property
+    def _constants(self) -> tuple[Number, Number, str, Link | None]:
+        """What all parts of a whole have in common."""
+        return self.coefficient, self.offset, self.form, self.link
 
     def __radd__(self, other: object) -> Tally:
         # sum() starts from the integer 0.

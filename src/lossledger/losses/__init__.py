@@ -1,5 +1,6 @@
 """Losses with the names, arguments and defaults of keras.losses, and the functions of the same names."""
 
+from lossledger.losses.asymmetric import AsymmetricFocal, AsymmetricFocalTversky, AsymmetricUnifiedFocal
 from lossledger.losses.classification import (
     BinaryCrossentropy,
     CategoricalCrossentropy,
@@ -12,6 +13,8 @@ from lossledger.losses.divergence import CategoricalGeneralizedCrossEntropy, KLD
 from lossledger.losses.expression import Expression
 from lossledger.losses.focal import AsymmetricMultiLabel, BinaryFocalCrossentropy, CategoricalFocalCrossentropy
 from lossledger.losses.functions import (
+    asymmetric_focal,
+    asymmetric_focal_tversky,
     asymmetric_multi_label,
     binary_crossentropy,
     binary_focal_crossentropy,
@@ -24,13 +27,18 @@ from lossledger.losses.functions import (
     cosine_similarity,
     ctc,
     dice,
+    focal_tversky,
     gaussian_negative_log_likelihood,
+    generalized_dice,
     hinge,
     huber,
     info_nce,
     jaccard,
     kl_divergence,
     log_cosh,
+    log_cosh_dice,
+    lovasz_hinge,
+    lovasz_softmax,
     margin_ranking,
     mean_absolute_error,
     mean_absolute_percentage_error,
@@ -49,11 +57,13 @@ from lossledger.losses.functions import (
     triplet_semi_hard,
     tversky,
 )
+from lossledger.losses.generalized import GeneralizedDice
 from lossledger.losses.hinge import CategoricalHinge, Hinge, SquaredHinge
 from lossledger.losses.likelihood import GaussianNegativeLogLikelihood, PoissonNegativeLogLikelihood
 from lossledger.losses.loss import Loss
+from lossledger.losses.lovasz import LovaszHinge, LovaszSoftmax
 from lossledger.losses.metric_learning import Circle, SupervisedContrastive, TripletHard, TripletSemiHard
-from lossledger.losses.overlap import Dice, Jaccard, Tversky
+from lossledger.losses.overlap import Dice, FocalTversky, Jaccard, LogCoshDice, Tversky
 from lossledger.losses.ranking import Contrastive, MarginRanking, Triplet
 from lossledger.losses.registry import deserialize, get, serialize
 from lossledger.losses.regression import (
@@ -70,7 +80,10 @@ from lossledger.losses.regression import (
 from lossledger.losses.sequence import CTC
 
 __all__ = [  # noqa: RUF022 (plain order of characters)
+    "AsymmetricFocal",
+    "AsymmetricFocalTversky",
     "AsymmetricMultiLabel",
+    "AsymmetricUnifiedFocal",
     "BinaryCrossentropy",
     "BinaryFocalCrossentropy",
     "CTC",
@@ -83,15 +96,20 @@ __all__ = [  # noqa: RUF022 (plain order of characters)
     "CosineSimilarity",
     "Dice",
     "Expression",
+    "FocalTversky",
     "FunctionLoss",
     "GaussianNegativeLogLikelihood",
+    "GeneralizedDice",
     "Hinge",
     "Huber",
     "InfoNCE",
     "Jaccard",
     "KLDivergence",
     "LogCosh",
+    "LogCoshDice",
     "Loss",
+    "LovaszHinge",
+    "LovaszSoftmax",
     "MarginRanking",
     "MeanAbsoluteError",
     "MeanAbsolutePercentageError",
@@ -110,6 +128,8 @@ __all__ = [  # noqa: RUF022 (plain order of characters)
     "TripletHard",
     "TripletSemiHard",
     "Tversky",
+    "asymmetric_focal",
+    "asymmetric_focal_tversky",
     "asymmetric_multi_label",
     "binary_crossentropy",
     "binary_focal_crossentropy",
@@ -123,7 +143,9 @@ __all__ = [  # noqa: RUF022 (plain order of characters)
     "ctc",
     "deserialize",
     "dice",
+    "focal_tversky",
     "gaussian_negative_log_likelihood",
+    "generalized_dice",
     "get",
     "hinge",
     "huber",
@@ -131,6 +153,9 @@ __all__ = [  # noqa: RUF022 (plain order of characters)
     "jaccard",
     "kl_divergence",
     "log_cosh",
+    "log_cosh_dice",
+    "lovasz_hinge",
+    "lovasz_softmax",
     "margin_ranking",
     "mean_absolute_error",
     "mean_absolute_percentage_error",

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lossledger.losses.asymmetric import AsymmetricFocal, AsymmetricFocalTversky
 from lossledger.losses.classification import (
     BinaryCrossentropy,
     CategoricalCrossentropy,
@@ -19,10 +20,12 @@ from lossledger.losses.classification import (
 from lossledger.losses.contrastive import InfoNCE, NTXent
 from lossledger.losses.divergence import CategoricalGeneralizedCrossEntropy, KLDivergence
 from lossledger.losses.focal import AsymmetricMultiLabel, BinaryFocalCrossentropy, CategoricalFocalCrossentropy
+from lossledger.losses.generalized import GeneralizedDice
 from lossledger.losses.hinge import CategoricalHinge, Hinge, SquaredHinge
 from lossledger.losses.likelihood import GaussianNegativeLogLikelihood, PoissonNegativeLogLikelihood
+from lossledger.losses.lovasz import LovaszHinge, LovaszSoftmax
 from lossledger.losses.metric_learning import Circle, SupervisedContrastive, TripletHard, TripletSemiHard
-from lossledger.losses.overlap import Dice, Jaccard, Tversky
+from lossledger.losses.overlap import Dice, FocalTversky, Jaccard, LogCoshDice, Tversky
 from lossledger.losses.ranking import Contrastive, MarginRanking, Triplet
 from lossledger.losses.regression import (
     CosineSimilarity,
@@ -118,6 +121,50 @@ def tversky(
 ) -> Tensor:
     """The Tversky loss of each kept cell; see `Tversky`."""
     return Tversky(alpha, beta, "none", axis=axis)(y_true, y_pred)
+
+
+def focal_tversky(
+    y_true: Any,
+    y_pred: Any,
+    alpha: float = 0.3,
+    beta: float = 0.7,
+    gamma: float = 0.75,
+    axis: int | tuple[int, ...] | None = None,
+) -> Tensor:
+    """The focal Tversky loss of each kept cell; see `FocalTversky`."""
+    return FocalTversky(alpha, beta, gamma, "none", axis=axis)(y_true, y_pred)
+
+
+def log_cosh_dice(y_true: Any, y_pred: Any, axis: int | tuple[int, ...] | None = None) -> Tensor:
+    """The log-cosh of the Dice loss of each kept cell; see `LogCoshDice`."""
+    return LogCoshDice("none", axis=axis)(y_true, y_pred)
+
+
+def generalized_dice(y_true: Any, y_pred: Any, weights: str = "square") -> Tensor:
+    """The generalized Dice loss of each sample, `[B]`; see `GeneralizedDice`."""
+    return GeneralizedDice(weights, "none")(y_true, y_pred)
+
+
+def lovasz_hinge(y_true: Any, y_pred: Any) -> Tensor:
+    """The Lovász hinge of each image, `[B]`; see `LovaszHinge`."""
+    return LovaszHinge(reduction="none")(y_true, y_pred)
+
+
+def lovasz_softmax(y_true: Any, y_pred: Any, from_logits: bool = False, classes: str = "present") -> Tensor:
+    """The Lovász softmax loss of each image, `[B]`; see `LovaszSoftmax`."""
+    return LovaszSoftmax(from_logits, classes, reduction="none")(y_true, y_pred)
+
+
+def asymmetric_focal(
+    y_true: Any, y_pred: Any, delta: float = 0.7, gamma: float = 2.0, from_logits: bool = False, axis: int = -1
+) -> Tensor:
+    """The asymmetric focal cross-entropy of each entry, `[B, d…]`; see `AsymmetricFocal`."""
+    return AsymmetricFocal(delta, gamma, from_logits, axis, "none")(y_true, y_pred)
+
+
+def asymmetric_focal_tversky(y_true: Any, y_pred: Any, delta: float = 0.7, gamma: float = 0.75) -> Tensor:
+    """The asymmetric focal Tversky loss of each sample and class, `[B, K]`; see `AsymmetricFocalTversky`."""
+    return AsymmetricFocalTversky(delta, gamma, "none")(y_true, y_pred)
 
 
 def mean_absolute_percentage_error(y_true: Any, y_pred: Any) -> Tensor:

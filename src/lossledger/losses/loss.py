@@ -250,11 +250,10 @@ class Loss:
             leaf = batch.prediction.raw.detach().requires_grad_() if closed is None else None
             if leaf is not None:
                 batch = replace(batch, prediction=Prediction(leaf))
-            elements = self._elements(batch) if closed is None else closed[0]
-            tally = self._tally_elements(batch, elements, by)
+            tally = self.tally_aligned(batch, by) if closed is None else self._tally_elements(batch, closed[0], by)
             whole = tally if window is None else window
             divisor = whole.divisor + whole.offset
-            scale = factor * tally.coefficient * reciprocal(divisor, elements.dtype)
+            scale = factor * tally.coefficient * reciprocal(divisor, tally.numerator.dtype)
             if leaf is not None:
                 if not tally.numerator.requires_grad:
                     raise InputError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
 from lossledger.losses.arguments import snake_case
+from lossledger.losses.asymmetric import AsymmetricFocal, AsymmetricFocalTversky, AsymmetricUnifiedFocal
 from lossledger.losses.classification import (
     BinaryCrossentropy,
     CategoricalCrossentropy,
@@ -18,11 +19,13 @@ from lossledger.losses.custom import from_callable
 from lossledger.losses.divergence import CategoricalGeneralizedCrossEntropy, KLDivergence
 from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.focal import AsymmetricMultiLabel, BinaryFocalCrossentropy, CategoricalFocalCrossentropy
+from lossledger.losses.generalized import GeneralizedDice
 from lossledger.losses.hinge import CategoricalHinge, Hinge, SquaredHinge
 from lossledger.losses.likelihood import GaussianNegativeLogLikelihood, PoissonNegativeLogLikelihood
 from lossledger.losses.loss import Loss
+from lossledger.losses.lovasz import LovaszHinge, LovaszSoftmax
 from lossledger.losses.metric_learning import Circle, SupervisedContrastive, TripletHard, TripletSemiHard
-from lossledger.losses.overlap import Dice, Jaccard, Tversky
+from lossledger.losses.overlap import Dice, FocalTversky, Jaccard, LogCoshDice, Tversky
 from lossledger.losses.ranking import Contrastive, MarginRanking, Triplet
 from lossledger.losses.regression import (
     CosineSimilarity,
@@ -76,6 +79,13 @@ CLASSES: dict[str, type[Loss]] = {
         Dice,
         Jaccard,
         Tversky,
+        FocalTversky,
+        LogCoshDice,
+        GeneralizedDice,
+        LovaszHinge,
+        LovaszSoftmax,
+        AsymmetricFocal,
+        AsymmetricFocalTversky,
     )
 }
 
@@ -97,8 +107,11 @@ _FUNCTIONS = {
     "logcosh": "LogCosh",
 }
 _SPELLED = {c: snake_case(c) for c in CLASSES if c not in ("KLDivergence", "CTC", "InfoNCE", "NTXent")}
-NAMES: dict[str, type[Loss]] = {
+# Named sums of losses; their configuration is that of an expression.
+_SUMS = (AsymmetricUnifiedFocal,)
+NAMES: dict[str, type[Loss] | type[AsymmetricUnifiedFocal]] = {
     **CLASSES,
+    **{name: c for c in _SUMS for name in (c.__name__, snake_case(c.__name__))},
     **{function: CLASSES[name] for name, function in _SPELLED.items()},
     **{function: CLASSES[name] for function, name in _FUNCTIONS.items()},
     **{short: CLASSES[name] for short, name in _SHORT.items()},

@@ -280,6 +280,7 @@ def without_bad(tallies: dict[str, Tally], bad: Tensor) -> dict[str, Tally]:
             count=keep(tally.count),
             weight=keep(tally.weight),
             groups=groups,
+            statistics=None if tally.statistics is None else keep(tally.statistics),
         )
     return kept
 

@@ -88,7 +88,8 @@ _COUNTS = (2, 4, 7)
 def _slots(tally: Tally) -> list[Tensor | int | float]:
     groups = tally.groups
     rows = [] if groups is None else [groups.numerator, groups.total, groups.count, groups.weight]
-    return [tally.numerator, tally.divisor, tally.count, tally.weight, tally.nonfinite, *rows]
+    extra = [] if tally.statistics is None else [tally.statistics]
+    return [tally.numerator, tally.divisor, tally.count, tally.weight, tally.nonfinite, *rows, *extra]
 
 
 def _rebuild(pattern: Tally, values: list[Any]) -> Tally:
@@ -105,4 +106,5 @@ def _rebuild(pattern: Tally, values: list[Any]) -> Tally:
         weight=weight,
         nonfinite=nonfinite,
         groups=groups,
+        statistics=None if pattern.statistics is None else values[-1],
     )
