@@ -364,3 +364,61 @@ def test_command_line(tmp_path):
     assert "0.313262" in done.output
     np.savez(path, y_true=np.array([0, 1]))
     assert CliRunner().invoke(main, ["compare", str(path), "--loss", "mse"]).exit_code == 1
+
+
+def _segmented():
+    rng = np.random.default_rng(0)
+    y = np.eye(3)[rng.integers(0, 2, (2, 4, 4))]
+    p = rng.dirichlet(np.ones(3), (2, 4, 4))
+    return y, p
+
+
+L = ll.losses
+SMOOTH = {"smooth": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("convention", "loss"),
+    [
+        ("monai", L.Dice(grouping="sample_class", **SMOOTH)),
+        ("monai", L.Dice(grouping="class", squared=True, include_background=False, **SMOOTH)),
+        ("monai", L.Jaccard(grouping="sample_class", smooth=5e-6)),
+        ("monai", L.Tversky(0.3, 0.7, grouping="class", include_background=False, **SMOOTH)),
+        ("monai", L.GeneralizedDice(**SMOOTH)),
+        ("monai", L.GeneralizedDice("simple", grouping="all", include_background=False, **SMOOTH)),
+        ("smp", L.Dice(grouping="class", absent="zero")),
+        ("smp", L.Tversky(0.3, 0.7, grouping="class", absent="zero")),
+        ("smp", L.LovaszSoftmax()),
+        ("smp", L.LovaszSoftmax(per_image=False)),
+        ("keras3", L.Dice(grouping="class", smooth_numerator=0.0)),
+        ("keras3", L.Dice(grouping="sample_class", smooth_numerator=0.0)),
+    ],
+    ids=repr,
+)
+def test_a_framework_with_the_same_policy_has_our_number(convention, loss):
+    table = ll.compare(loss, *_segmented())
+    assert table[convention].value == pytest.approx(table["lossledger"].value, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("convention", "loss", "word"),
+    [
+        ("monai", L.Dice(grouping="all"), "grouping"),
+        ("monai", L.Dice(grouping="class", absent="skip"), "absent"),
+        ("monai", L.Tversky(squared=True), "squares"),
+        ("monai", L.FocalTversky(), "FocalTversky"),
+        ("smp", L.Dice(squared=True), "squared"),
+        ("smp", L.Dice(include_background=False), "include_background"),
+        ("smp", L.Dice(absent="skip"), "absent"),
+        ("smp", L.Dice(grouping="sample_class"), "single samples"),
+        ("smp", L.LovaszSoftmax(classes="all"), "present"),
+        ("keras3", L.Dice(squared=True), "squared"),
+        ("keras3", L.Dice(include_background=False), "include_background"),
+        ("keras3", L.Dice(absent="zero"), "absent"),
+        ("keras3", L.Dice(smooth=1.0, smooth_numerator=0.5), "smooth_numerator"),
+    ],
+    ids=repr,
+)
+def test_a_policy_that_a_framework_has_not_is_a_dash(convention, loss, word):
+    row = ll.compare(loss, *_segmented())[convention]
+    assert row.value is None and word in row.reason

@@ -50,7 +50,7 @@ class Batch:
     def probabilities(self) -> Tensor:
         """The predictions as an overlap loss reads them."""
         p = tensor(self.y_pred)
-        if self.logits == "softmax":
+        if self.logits == "softmax" or (self.logits and self.name == "LovaszSoftmax"):
             return p.softmax(-1)
         return p.sigmoid() if self.logits else p
 
@@ -71,8 +71,29 @@ def _keras_options(batch: Batch, framework: str) -> tuple[dict[str, Any], Any]:
         raise NotSupported(f"{framework} has no {batch.name}")
     if batch.name not in _OVERLAP:
         return dict(batch.options), batch.y_pred
+    changed = [k for k in ("smooth_numerator", "squared", "absent") if not _usual(batch, k)]
+    changed += [] if batch.options["include_background"] else ["include_background"]
+    if changed and (changed != ["smooth_numerator"] or batch.options["smooth_numerator"] != 0):
+        raise NotSupported(f"{framework} has no {changed[0]}: its sums are over all classes, without squares")
     kept = {k: v for k, v in batch.options.items() if k in ("axis", "alpha", "beta")}
+    if batch.options["grouping"] is not None:
+        kept["axis"] = _axes(batch)
     return kept, batch.probabilities()
+
+
+_USUAL = {"smooth_numerator": None, "squared": False, "absent": "keep", "include_background": True}
+
+
+def _usual(batch: Batch, option: str) -> bool:
+    """Whether an option of an overlap loss has its default."""
+    return bool(batch.options[option] == _USUAL[option])
+
+
+def _axes(batch: Batch) -> list[int]:
+    """The axes of the sums of a grouping, as Keras takes them."""
+    rank = keras3.align(tensor(batch.y_true), tensor(batch.y_pred))[1].ndim
+    grouping = batch.options["grouping"]
+    return list(range("sample" in grouping, rank - ("class" in grouping)))
 
 
 def _of_keras3(batch: Batch, epsilon: float | None) -> tuple[Reduced, str]:
@@ -222,29 +243,86 @@ def _image(values: Tensor) -> Tensor:
 def _segmentation(batch: Batch, framework: str) -> tuple[Tensor, Tensor]:
     if batch.name not in _OVERLAP:
         raise NotSupported(f"{framework} has no {batch.name}")
+    return _unweighted(batch, framework)
+
+
+def _unweighted(batch: Batch, framework: str) -> tuple[Tensor, Tensor]:
+    """Targets and predictions of a call without weights, channels first."""
     if batch.sample_weight is not None or batch.mask is not None or batch.class_weight is not None:
         raise NotSupported(f"{framework} takes neither masks nor weights here")
     return _image(tensor(batch.y_true)), _image(batch.probabilities())
 
 
+def _by_class(batch: Batch, columns: int, framework: str) -> str | None:
+    """The grouping, if it was given, where the framework always keeps classes apart: with one class or without."""
+    grouping: str | None = batch.options["grouping"]
+    if grouping in ("all", "sample"):
+        if columns > 1:
+            raise NotSupported(f"{framework} keeps classes apart; grouping={grouping!r} joins them")
+        return "class" if grouping == "all" else "sample_class"
+    return grouping
+
+
 def _of_monai(batch: Batch) -> tuple[Reduced, str]:
+    if batch.name == "GeneralizedDice":
+        return _generalized_of_monai(batch)
     y, p = _segmentation(batch, "MONAI")
+    if not _usual(batch, "absent"):
+        raise NotSupported(f"MONAI has no absent={batch.options['absent']!r}: an absent class is a class")
+    options: dict[str, Any] = {"include_background": batch.options["include_background"], "reduction": "none"}
+    options["batch"] = _by_class(batch, p.shape[1], "MONAI") == "class"
+    reason = "each sample and channel on its own, 1e-5 above and below, then the mean"
+    if options["batch"]:
+        reason = "adds 1e-5 above and below"
     if batch.name == "Tversky":
-        losses = monai.tversky(y, p, None, alpha=batch.options["alpha"], beta=batch.options["beta"], reduction="none")
+        if batch.options["squared"]:
+            raise NotSupported("MONAI has no squares in its Tversky loss")
+        losses = monai.tversky(y, p, None, alpha=batch.options["alpha"], beta=batch.options["beta"], **options)
     else:
-        losses = monai.dice(y, p, None, jaccard=batch.name == "Jaccard", reduction="none")
-    reduced = pytorch.weighted(losses, None, False)
-    return reduced, "each sample and channel on its own, 1e-5 above and below, then the mean"
+        squared = batch.options["squared"]
+        losses = monai.dice(y, p, None, jaccard=batch.name == "Jaccard", squared_pred=squared, **options)
+    return pytorch.weighted(losses, None, False), reason
+
+
+def _generalized_of_monai(batch: Batch) -> tuple[Reduced, str]:
+    y, p = _unweighted(batch, "MONAI")
+    options = {"w_type": batch.options["weights"], "include_background": batch.options["include_background"]}
+    pooled = batch.options["grouping"] == "all"
+    losses = monai.generalized_dice(y, p, None, batch=pooled, reduction="none", **options)
+    return pytorch.weighted(losses, None, False), "adds 1e-5 above and below, which counts beside 1 / volume²"
 
 
 def _of_smp(batch: Batch) -> tuple[Reduced, str]:
+    if batch.name in ("LovaszHinge", "LovaszSoftmax"):
+        return _lovasz_of_smp(batch)
     y, p = _segmentation(batch, "smp")
     mode = "multilabel" if p.shape[1] > 1 else "binary"
+    for option in ("squared", "include_background"):
+        if not _usual(batch, option):
+            raise NotSupported(f"smp has no {option}")
+    if batch.options["absent"] == "skip":
+        raise NotSupported("smp has no absent='skip': an absent class counts 0 and stays in the mean")
+    if _by_class(batch, p.shape[1], "smp") == "sample_class":
+        raise NotSupported("smp sums over batch and space, never over single samples")
     function: Callable[..., Tensor] = {"Dice": smp.dice, "Jaccard": smp.jaccard, "Tversky": smp.tversky}[batch.name]
     options = {k: batch.options[k] for k in ("alpha", "beta") if batch.name == "Tversky"}
     value = function(y, p, None, mode=mode, from_logits=False, **options)
     classes = torch.tensor(float(p.shape[1]))
     return Reduced(value, value * classes, classes), "each class over batch and space; an absent class counts 0"
+
+
+def _lovasz_of_smp(batch: Batch) -> tuple[Reduced, str]:
+    y, p = _unweighted(batch, "smp")
+    per_image, images = batch.options["per_image"], torch.tensor(float(len(p)))
+    if batch.name == "LovaszHinge":
+        if p.shape[1] > 1:
+            raise NotSupported("smp takes one binary mask, not several columns")
+        value = smp.lovasz((y > 0.5).long(), p, None, mode="binary", per_image=per_image)
+    else:
+        if batch.options["classes"] == "all":
+            raise NotSupported("smp averages over the present classes only")
+        value = smp.lovasz(y.argmax(1), p, None, mode="multiclass", per_image=per_image, from_logits=False)
+    return Reduced(value, value * images, images) if per_image else Reduced(value), ""
 
 
 def _of_hf(batch: Batch) -> tuple[Reduced, str]:

@@ -266,16 +266,17 @@ class Window:
         if self._group.size == 1:
             return Whole(tallies, samples)
         device = next(leaves(self._batches[0].y)).device
-        parts = [v for tally in tallies.values() for v in (tally.numerator, tally.divisor)]
+        names = ("numerator", "divisor", "statistics")
+        places = [(term, n) for term, tally in tallies.items() for n in names if getattr(tally, n) is not None]
+        parts = [getattr(tallies[term], n) for term, n in places]
         tensors = [torch.as_tensor(v, device=device) for v in (*parts, samples)]
         flat = self._group.sum_(torch.cat([t.reshape(-1).double() for t in tensors]))
         split = iter(torch.split(flat, [t.numel() for t in tensors]))
         sums = [next(split).reshape(t.shape).to(t.dtype) for t in tensors]
-        whole = {
-            name: replace(tally, numerator=sums[2 * i], divisor=sums[2 * i + 1])
-            for i, (name, tally) in enumerate(tallies.items())
-        }
-        return Whole(whole, sums[-1])
+        found: dict[str, dict[str, Tensor]] = {term: {} for term in tallies}
+        for (term, n), total in zip(places, sums, strict=False):
+            found[term][n] = total
+        return Whole({term: replace(tally, **found[term]) for term, tally in tallies.items()}, sums[-1])
 
     def _compare(self, second: Mapping[str, Tally], outputs: Any) -> None:
         """Note whether the second round differs from the first; nothing is read."""
