@@ -17,6 +17,7 @@ import rows_keras
 import rows_segmentation
 from declaration import Declaration
 
+L = ll.losses
 ROWS = [*rows_keras.ROWS, *rows_segmentation.ROWS, *rows_beyond.ROWS]
 NAMES = [row.name for row in ROWS]
 
@@ -30,7 +31,6 @@ REDUCTIONS = (
 )
 
 
-L = ll.losses
 # (κ, α, β) of each overlap loss, and the axes of its sums on [B, d, C].
 OVERLAPS = {
     "dice": (lambda **k: L.Dice(**k), (2.0, 1.0, 1.0)),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import lossledger as ll
 import oracles
+from declarations import AXES, OVERLAPS
 from lossledger.errors import InputError
 from rows_overlap import NAMES, ROWS
 
@@ -280,14 +281,6 @@ def test_unified_focal_is_two_terms():
 
 
 # --- by axis, as in Keras -------------------------------------------------------------------------------------------
-
-# (κ, α, β) of each overlap loss, and the axes of its sums on [B, d, C].
-OVERLAPS = {
-    "dice": (lambda **k: L.Dice(**k), (2.0, 1.0, 1.0)),
-    "jaccard": (lambda **k: L.Jaccard(**k), (1.0, 1.0, 1.0)),
-    "tversky": (lambda **k: L.Tversky(alpha=0.3, beta=0.7, **k), (1.0, 0.3, 0.7)),
-}
-AXES = {"all": None, "batch-by-class": (0, 1), "sample-by-class": (1,), "sample": (1, 2)}
 
 
 @pytest.mark.parametrize("name", OVERLAPS)

@@ -705,7 +705,11 @@ class Ranks:
         return total
 
 
-@pytest.mark.parametrize("loss", [bce, dice, bce + L.Dice(from_logits="sigmoid", axis=0)])
+LINKED = L.FocalTversky(from_logits="sigmoid", grouping="class", absent="skip")
+POOLED = L.GeneralizedDice(from_logits="sigmoid", grouping="all")
+
+
+@pytest.mark.parametrize("loss", [bce, dice, bce + L.Dice(from_logits="sigmoid", axis=0), LINKED + POOLED])
 @pytest.mark.parametrize("stops", [(6,), (1,)])
 def test_windows_of_a_group_of_processes_share_what_divides(loss, stops):
     x, y = points()

@@ -68,7 +68,7 @@ class _Lovasz(ElementLoss):
         self.per_image = per_image
 
     @property
-    def additive(self) -> bool:
+    def additive(self) -> bool:  # type: ignore[override]
         """Whether tallies of parts of a batch add up to the tally of the whole."""
         return self.per_image
 

@@ -12,6 +12,7 @@ from lossledger import losses
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
 from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
+from lossledger.losses.ratio import Overlap
 from lossledger.metrics.accuracy import BinaryAccuracy, CategoricalAccuracy, SparseCategoricalAccuracy
 from lossledger.metrics.metric import Metric
 from lossledger.metrics.overlap import Activation, DiceScore, IoU
@@ -57,13 +58,13 @@ def read_output(loss: Loss | Expression | None) -> Output | None:
 
 
 def _is_overlap(loss: Loss) -> bool:
-    return isinstance(loss, losses.Dice | losses.Jaccard | losses.Tversky)
+    return isinstance(loss, Overlap)
 
 
 def _read_term(loss: Loss) -> Output | None:
     if isinstance(loss, losses.TorchLoss):
         return _read_torch(loss.module)
-    if getattr(loss, "from_logits", None) == "softmax":
+    if getattr(loss, "from_logits", None) == "softmax" or isinstance(loss, losses.LovaszSoftmax):
         return Output("one_hot")
     axis = getattr(loss, "axis", -1)
     axis = axis if isinstance(axis, int) and not _is_overlap(loss) else -1

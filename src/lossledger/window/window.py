@@ -273,7 +273,7 @@ class Window:
         flat = self._group.sum_(torch.cat([t.reshape(-1).double() for t in tensors]))
         split = iter(torch.split(flat, [t.numel() for t in tensors]))
         sums = [next(split).reshape(t.shape).to(t.dtype) for t in tensors]
-        found: dict[str, dict[str, Tensor]] = {term: {} for term in tallies}
+        found: dict[str, dict[str, Any]] = {term: {} for term in tallies}
         for (term, n), total in zip(places, sums, strict=False):
             found[term][n] = total
         return Whole({term: replace(tally, **found[term]) for term, tally in tallies.items()}, sums[-1])
