@@ -548,6 +548,9 @@ def shown(metric: metrics.Metric | metrics.TorchMetric) -> dict[str, Any]:
         (losses.Dice() + CCE(), "CategoricalAccuracy", {}),
         (losses.Dice(from_logits="softmax"), "CategoricalAccuracy", {}),
         (losses.Dice(from_logits="sigmoid"), "BinaryAccuracy", {"from_logits": True}),
+        (losses.LovaszSoftmax(from_logits=True), "CategoricalAccuracy", {}),
+        (losses.LovaszHinge(), "BinaryAccuracy", {"from_logits": True}),
+        (losses.AsymmetricUnifiedFocal(), "CategoricalAccuracy", {}),
         (SCCE() + losses.FunctionLoss(absolute), "SparseCategoricalAccuracy", {}),
     ],
     ids=repr,
@@ -559,7 +562,11 @@ def test_accuracy_is_chosen_by_the_loss(name: str, loss: Any, kind: str, options
     assert options.items() <= found.items()
 
 
-@pytest.mark.parametrize("loss", [None, "mse", losses.FunctionLoss(absolute), losses.Dice(), BCE() + CCE()], ids=repr)
+@pytest.mark.parametrize(
+    "loss",
+    [None, "mse", losses.FunctionLoss(absolute), losses.Dice(), losses.GeneralizedDice(), BCE() + CCE()],
+    ids=repr,
+)
 def test_accuracy_is_refused_when_the_loss_does_not_tell(loss: Any) -> None:
     with pytest.raises(InputError, match=r"'binary_accuracy'.*'categorical_accuracy'.*'sparse_categorical_accuracy'"):
         metrics.get("accuracy", loss)
