@@ -14,6 +14,8 @@ import oracles
 import rows_beyond
 import rows_coupled
 import rows_keras
+import rows_lovasz
+import rows_overlap
 import rows_segmentation
 from declaration import Declaration
 
@@ -56,8 +58,17 @@ def overlap(name, axis):
     )
 
 
+def grouped(row):
+    """The row of an overlap loss with its policies, whose suite of its own is `test_overlap_laws.py`."""
+    kinds = ("class", "sample") if "class" in row.grouping or row.ratio else ("sample",)
+    closed = row.name.startswith(tuple(OVERLAPS))
+    return Declaration(row.name, row.make, inputs.binary_probabilities, None, closed, kinds, whole=row.value)
+
+
 COUPLED = [
     *(overlap(name, axis) for name in OVERLAPS for axis in AXES),
+    *(grouped(row) for row in rows_overlap.ROWS if not row.name.endswith(rows_overlap.ALONE)),
+    *rows_lovasz.ROWS,
     *rows_coupled.ROWS,
 ]
 MATRIX = [*ROWS, *COUPLED]

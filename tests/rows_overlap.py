@@ -140,6 +140,8 @@ POLICIES = {
     "absent-skip": {"absent": "skip"},
     "all-policies": {"absent": "skip", "include_background": False, "smooth": 0.5, "smooth_numerator": 0.0},
 }
+# Policies one at a time run in the suite of overlap losses alone.
+ALONE = ("smoothed", "foreground", "squared", "absent-zero", "absent-skip")
 
 
 def _rows():

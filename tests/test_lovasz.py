@@ -7,15 +7,10 @@ import pytest
 import torch
 
 import lossledger as ll
-import oracles
 from lossledger.errors import InputError
+from rows_lovasz import MAKES, image
 
 L = ll.losses
-MAKES = {
-    "hinge": lambda **k: L.LovaszHinge(**k),
-    "softmax": lambda **k: L.LovaszSoftmax(from_logits=True, **k),
-    "softmax-all": lambda **k: L.LovaszSoftmax(from_logits=True, classes="all", **k),
-}
 
 
 def case(seed, samples=4):
@@ -23,26 +18,6 @@ def case(seed, samples=4):
     labels = rng.integers(0, 2, (samples, 6))
     labels[-1, 0] = 2
     return np.eye(3)[labels], rng.normal(0, 1.5, (samples, 6, 3)), rng.random((samples, 6)) < 0.7
-
-
-def extension(errors, truth):
-    """Σ of each error times what its pixel adds to the Jaccard loss of the set of mistakes so far."""
-    inside, total, before, mistakes = {i for i, t in enumerate(truth) if t}, 0.0, 0.0, set()
-    for pixel in sorted(range(len(errors)), key=lambda i: -errors[i]):
-        mistakes.add(pixel)
-        now = len(mistakes) / len(inside | mistakes)
-        total += errors[pixel] * (now - before)
-        before = now
-    return total
-
-
-def image(name, y, z):
-    """The loss of one image, [P, C]: its pixels are all there are."""
-    if name == "hinge":
-        return np.mean([extension(np.maximum(1 - z[:, c] * (2 * y[:, c] - 1), 0), y[:, c]) for c in range(3)])
-    p = oracles.softmax(z)
-    counted = [c for c in range(3) if name == "softmax-all" or y[:, c].any()]
-    return np.mean([extension(np.abs(y[:, c] - p[:, c]), y[:, c]) for c in counted])
 
 
 def tensors(*arrays):

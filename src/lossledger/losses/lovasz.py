@@ -10,6 +10,7 @@ where `T` counts the pixels of the class, `hits_k` those among the k, and `misse
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -102,7 +103,9 @@ class _Lovasz(ElementLoss):
 
     def _images(self, values: Tensor) -> Tensor:
         """`[B, d…, C]` as `[I, P, C]`."""
-        return values.reshape(values.shape[0] if self.per_image else 1, -1, values.shape[-1])
+        pixels = prod(values.shape[1:-1])
+        images = (values.shape[0], pixels) if self.per_image else (1, values.shape[0] * pixels)
+        return values.reshape(*images, values.shape[-1])
 
     def _valid(self, batch: Aligned) -> Tensor | None:
         mask = batch.weighting.mask
