@@ -9,7 +9,8 @@ LossledgerError
 ├── InputTypeError (TypeError, ValueError)   the wrong kind of object or dtype
 ├── ReplayError (RuntimeError)    the second round of a window is not the first again
 ├── NonFiniteError (ArithmeticError)   a NaN or an infinity, with the term and the samples it came from
-└── LedgerError (ValueError)     a run folder or segment that cannot be read
+├── LedgerError (ValueError)     a run folder or segment that cannot be read
+└── CheckpointError (ValueError) a run that cannot be resumed, with what is damaged or differs
 ```
 
 Each message says what was expected, what was received, where (output, term, argument), and what to do about it.
@@ -50,6 +51,10 @@ class ReplayError(LossledgerError, RuntimeError):
 
 class LedgerError(LossledgerError, ValueError):
     """A run folder or a ledger segment that cannot be read."""
+
+
+class CheckpointError(LossledgerError, ValueError):
+    """A checkpoint that cannot be written or read, or that belongs to another recipe."""
 
 
 class UnknownNameError(InputError):

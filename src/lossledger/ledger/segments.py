@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -40,7 +40,7 @@ def write_segment(folder: Path, columns: Mapping[str, str], records: Sequence[tu
         temporary, final = _reserve(folder)
         try:
             _copy_to_parquet(temporary, columns, records)
-            _publish(temporary, final)
+            publish(temporary, final)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -53,7 +53,7 @@ def write_segment(folder: Path, columns: Mapping[str, str], records: Sequence[tu
 def read_segments(
     folder: Path, columns: Mapping[str, str], optional: frozenset[str] = frozenset()
 ) -> list[tuple[Any, ...]]:
-    """Read every segment of `folder`, in the order of their names, as tuples in the order of `columns`.
+    """Read every segment of `folder`, in the order of writing, as tuples in the order of `columns`.
 
     Args:
         folder: where segments of one kind lie; a missing folder holds none.
@@ -63,7 +63,7 @@ def read_segments(
     Raises:
         LedgerError: a file that is not a whole Parquet segment of this schema; the message names it.
     """
-    paths = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith(".")) if folder.is_dir() else []
+    paths = [folder / name for name in segment_names(folder)]
     if not paths:
         return []
     records: list[tuple[Any, ...]] = []
@@ -71,6 +71,40 @@ def read_segments(
         for path in paths:
             records.extend(_read_segment(connection, path, columns, optional))
     return records
+
+
+def segment_names(folder: Path) -> list[str]:
+    """Names of the segments of `folder`, in the order of writing; a missing folder holds none."""
+    names = (path.name for path in folder.glob("*.parquet")) if folder.is_dir() else ()
+    return sorted((n for n in names if not n.startswith(".")), key=lambda name: (_number(name), name))
+
+
+def set_aside(run: Path, kept: Mapping[str, Collection[str]]) -> Path | None:
+    """Move the files that a resumed run supersedes to `superseded/<n>`; nothing is deleted.
+
+    Args:
+        run: folder of the run.
+        kept: by folder inside it, the names of the files that stay.
+
+    Returns:
+        where they went; `None` if there were none.
+
+    Raises:
+        LedgerError: the folder cannot be written to.
+    """
+    inside = {kind: (run / kind).iterdir() if (run / kind).is_dir() else () for kind in kept}
+    moving = [path for kind, paths in inside.items() for path in paths if path.name not in kept[kind]]
+    if not moving:
+        return None
+    try:
+        target = next(path for n in count(1) if not (path := run / "superseded" / f"{n:04d}").exists())
+        for path in moving:
+            (target / path.parent.name).mkdir(parents=True, exist_ok=True)
+            os.replace(path, target / path.parent.name / path.name)
+        _sync(*{path.parent for path in moving}, run)
+    except OSError as error:
+        raise LedgerError(f"Cannot move files in {run}: {error}. Check the disk and the permissions.") from error
+    return target
 
 
 def write_run_file(folder: Path, run: str, info: Mapping[str, Any]) -> None:
@@ -90,7 +124,7 @@ def write_run_file(folder: Path, run: str, info: Mapping[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary.write_text(content + "\n", encoding="utf-8", errors="backslashreplace")
-        _publish(temporary, path)
+        publish(temporary, path)
     except OSError as error:
         raise LedgerError(f"Cannot write {path}: {error}. Check the disk and the permissions.") from error
     finally:
@@ -192,7 +226,8 @@ def _connection() -> Iterator[duckdb.DuckDBPyConnection]:
 
 def _reserve(folder: Path) -> tuple[Path, Path]:
     """A temporary name that is ours alone, and the segment name that goes with it."""
-    for number in count(1):
+    # Later segments have higher numbers, whichever process writes them.
+    for number in count(1 + max(map(_number, segment_names(folder)), default=0)):
         final = folder / f"{_writer()}-{number:06d}.parquet"
         if final.exists():
             continue
@@ -208,17 +243,28 @@ def _reserve(folder: Path) -> tuple[Path, Path]:
     raise AssertionError("unreachable: numbers do not end")
 
 
-def _publish(temporary: Path, final: Path) -> None:
+def publish(temporary: Path, final: Path) -> None:
+    """Put a complete file in its place: its content is on the disk before its name is."""
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, final)
+    _sync(final.parent, final.parent.parent)
+
+
+def _sync(*folders: Path) -> None:
     if os.name == "posix":
-        for folder in (final.parent, final.parent.parent):
+        for folder in folders:
             handle = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(handle)
             finally:
                 os.close(handle)
+
+
+def _number(name: str) -> int:
+    """The number at the end of a segment's name; 0 for a name that is not ours."""
+    digits = name.removesuffix(".parquet").rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else 0
 
 
 def _writer() -> str:

@@ -126,6 +126,33 @@ class TorchMetric:
         self.metric.reset()
         self._updated = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the metric and of the metrics in it, after the batches so far."""
+        states = {
+            name: {"values": part.metric_state, "updates": part._update_count}
+            for name, part in self._stateful().items()
+        }
+        return {"updated": self._updated, "states": states}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `state_dict` told.
+
+        Args:
+            state: of the same metric.
+            device: of the predictions.
+        """
+        self.reset()
+        self.metric.to(device)
+        self._updated = state["updated"]
+        for name, part in self._stateful().items():
+            for key, value in state["states"][name]["values"].items():
+                moved = [v.to(device) for v in value] if isinstance(value, list) else value.to(device, copy=True)
+                setattr(part, key, moved)
+            part._update_count = state["states"][name]["updates"]
+
+    def _stateful(self) -> dict[str, Any]:
+        return {name: part for name, part in self.metric.named_modules() if hasattr(part, "metric_state")}
+
     def __repr__(self) -> str:
         return f"TorchMetric({self.metric!r}, name={self.name!r})"
 

@@ -28,6 +28,14 @@ class Average:
             return
         torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - self._decay)
 
+    def state_dict(self) -> list[Tensor]:
+        """The average; empty before the first step."""
+        return self._average
+
+    def load_state_dict(self, state: list[Tensor]) -> None:
+        """Go on from an average that `state_dict` told."""
+        self._average = [a.to(p.device, copy=True) for a, p in zip(state, self._parameters, strict=False)]
+
     def install(self) -> None:
         """Put the average in the place of the parameters; before the first step there is none."""
         with torch.no_grad():

@@ -129,10 +129,10 @@ def new_run(folder: Path) -> None:
     Raises:
         InputError: the folder already holds a run.
     """
-    if (folder / "run.json").exists():
+    if (folder / "run.json").exists() or any((folder / "checkpoints").glob("*.json")):
         raise InputError(
             f"run_dir: expected a new folder, received {folder}, which already holds a run. Choose another folder, or "
-            "move the old one away; nothing that was written is overwritten."
+            "go on with that run by resume=True; nothing that was written is overwritten."
         )
 
 
@@ -148,19 +148,24 @@ def whole(value: Any, name: str, least: int = 1) -> int:
 
 
 def check_fit(
-    batch_size: Any, epochs: Any, accumulate: Any, initial_epoch: Any, validation_freq: Any, run_dir: Any
+    batch_size: Any, epochs: Any, accumulate: Any, initial_epoch: Any, validation_freq: Any, run_dir: Any, resume: Any
 ) -> None:
     """The counts of `fit`, and its folder.
 
     Raises:
-        InputError: a count that is not a whole number in its range, or a folder that holds a run.
+        InputError: a count that is not a whole number in its range, a folder that holds a run, or none to resume.
+        InputTypeError: `resume` is no truth value.
     """
     whole(batch_size, "batch_size")
     whole(epochs, "epochs")
     whole(accumulate, "accumulate")
     whole(initial_epoch, "initial_epoch", 0)
     whole(validation_freq, "validation_freq")
-    if run_dir is not None:
+    if not isinstance(resume, bool):
+        raise InputTypeError(f"resume: expected True or False, received {resume!r}.")
+    if resume and run_dir is None:
+        raise InputError("resume: expected the folder of a run beside it, received run_dir=None. Pass run_dir.")
+    if run_dir is not None and not resume:
         new_run(Path(run_dir))
 
 

@@ -1,74 +1,29 @@
-"""Callbacks with Keras's names and hooks. Epochs and batches are counted from 0 here, as in Keras."""
+"""Callbacks with Keras's names."""
 
 from __future__ import annotations
 
 import csv
-import functools
-import inspect
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import torch
 
-from lossledger.errors import InputError, InputTypeError, UnknownNameError
-from lossledger.weighting import is_number
+from lossledger.errors import CheckpointError, InputError, InputTypeError, UnknownNameError
+from lossledger.training.callback import Callback, Logs, awaited, monitored
+from lossledger.training.schedule import LearningRateScheduler, is_scheduler
 
-if TYPE_CHECKING:
-    from lossledger.training.model import Model
-
-Logs = Mapping[str, float]
-
-
-class Callback:
-    """Base of the callbacks; override the hooks you need.
-
-    `logs` are numbers by name. In batch hooks they are read from the device only when you look at them.
-    Set `self.model.stop_training = True` to end training after the epoch.
-    """
-
-    model: Model
-    params: Mapping[str, Any] = MappingProxyType({})
-
-    def set_model(self, model: Model) -> None:
-        """Called before training with the model that trains."""
-        self.model = model
-
-    def set_params(self, params: Mapping[str, Any]) -> None:
-        """Called before training with `epochs`, `steps`, `seed`, and `validation`: whether some epochs end with one."""
-        self.params = params
-
-    def on_train_begin(self, logs: Logs) -> None:
-        """Before the first epoch."""
-
-    def on_train_end(self, logs: Logs) -> None:
-        """After the last epoch."""
-
-    def on_epoch_begin(self, epoch: int, logs: Logs) -> None:
-        """Before an epoch."""
-
-    def on_epoch_end(self, epoch: int, logs: Logs) -> None:
-        """After an epoch, with its numbers and those of the validation."""
-
-    def on_train_batch_begin(self, batch: int, logs: Logs) -> None:
-        """Before a step."""
-
-    def on_train_batch_end(self, batch: int, logs: Logs) -> None:
-        """After a step, with the epoch so far."""
-
-
-def overrides(callback: Callback, hook: str) -> bool:
-    """Whether a callback has its own version of a hook: steps dispatch to nobody else."""
-    return hook in vars(callback) or getattr(type(callback), hook) is not getattr(Callback, hook)
-
-
-def awaited(logs: Logs, params: Mapping[str, Any]) -> list[str]:
-    """The numbers of the validation that the logs of an epoch lack because it had none (`validation_freq`)."""
-    if not params.get("validation") or any(name.startswith("val_") for name in logs):
-        return []
-    return [f"val_{name}" for name in logs]
+__all__ = [
+    "BackupAndRestore",
+    "CSVLogger",
+    "Callback",
+    "EarlyStopping",
+    "LambdaCallback",
+    "LearningRateScheduler",
+    "ModelCheckpoint",
+]
 
 
 class LambdaCallback(Callback):
@@ -118,22 +73,13 @@ class _Monitor:
 
     def read(self, logs: Logs, params: Mapping[str, Any]) -> float | None:
         """The number, or `None` in an epoch without the validation that makes it."""
-        return _monitored(self.name, logs, params, self.who)
+        return monitored(self.name, logs, params, self.who)
 
     def improved(self, value: float) -> bool:
         if self.sign * value < self.best - self.min_delta:
             self.best = self.sign * value
             return True
         return False
-
-
-def _monitored(name: str, logs: Logs, params: Mapping[str, Any], who: str) -> float | None:
-    if name in logs:
-        return logs[name]
-    later = awaited(logs, params)
-    if name in later:
-        return None
-    raise UnknownNameError(f"number to monitor in {who}", name, [*logs, *later])
 
 
 class EarlyStopping(Callback):
@@ -195,6 +141,22 @@ class EarlyStopping(Callback):
             self.stopped_epoch = epoch
             self.model.stop_training = True
 
+    def state_dict(self) -> dict[str, Any]:
+        """The best epoch, and how long ago it was."""
+        return {
+            "best": self._monitor.best,
+            "wait": self._wait,
+            "best_epoch": self.best_epoch,
+            "stopped_epoch": self.stopped_epoch,
+            "best_weights": self._best_weights,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on waiting."""
+        self._monitor.best, self._wait = state["best"], state["wait"]
+        self.best_epoch, self.stopped_epoch = state["best_epoch"], state["stopped_epoch"]
+        self._best_weights = state["best_weights"]
+
     def on_train_end(self, logs: Logs) -> None:
         """Put the best weights back, if asked to."""
         if self._best_weights is not None:
@@ -223,6 +185,14 @@ class ModelCheckpoint(Callback):
         self.save_best_only = save_best_only
         self._monitor = _Monitor(monitor, mode, 0.0, type(self).__name__)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The best number so far."""
+        return {"best": self._monitor.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the best number."""
+        self._monitor.best = state["best"]
+
     def on_epoch_end(self, epoch: int, logs: Logs) -> None:
         """Save, if due."""
         if self.save_best_only:
@@ -238,94 +208,6 @@ class ModelCheckpoint(Callback):
             known = ["epoch", *logs, *later]
             raise UnknownNameError("number in filepath of ModelCheckpoint", error.args[0], known) from None
         self.model.save_weights(path)
-
-
-class LearningRateScheduler(Callback):
-    """Set the learning rate from a function or a torch scheduler.
-
-    Args:
-        schedule: `fn(epoch, lr) -> lr` or `fn(epoch) -> lr`, called before each epoch; or a torch scheduler (its
-            class, or a function of the optimizer that makes one), stepped after each epoch. A plateau scheduler is
-            stepped with `monitor`, after the epochs that have it.
-        monitor: number that a plateau scheduler watches.
-    """
-
-    def __init__(self, schedule: Any, monitor: str = "val_loss") -> None:
-        self.schedule = schedule
-        self.monitor = monitor
-        self._scheduler: Any = schedule if is_scheduler(schedule) else None
-        usable = isinstance(schedule, type) or (callable(schedule) and (_takes(schedule, 1) or _takes(schedule, 2)))
-        if self._scheduler is None and not usable:
-            raise InputTypeError(
-                f"LearningRateScheduler: expected fn(epoch, lr), fn(epoch) or a torch scheduler; received {schedule!r}."
-            )
-
-    def on_train_begin(self, logs: Logs) -> None:
-        """Make the scheduler, when its class was given."""
-        made_of = self.schedule.func if isinstance(self.schedule, functools.partial) else self.schedule
-        if self._scheduler is None and isinstance(made_of, type) and issubclass(made_of, _SCHEDULER):
-            self._scheduler = self.schedule(self.model.optimizer)
-
-    def on_epoch_begin(self, epoch: int, logs: Logs) -> None:
-        """Set the rate of the epoch."""
-        if self._scheduler is not None:
-            return
-        groups = self.model.optimizer.param_groups
-        try:
-            rates = [self._rate(epoch, float(group["lr"])) for group in groups]
-        except Exception as error:
-            # A function of the optimizer looks like one of the epoch: what it returns tells them apart.
-            self._scheduler = self._made(error)
-            return
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
-
-    def _rate(self, epoch: int, before: float) -> float:
-        rate = self.schedule(epoch, before) if _takes(self.schedule, 2) else self.schedule(epoch)
-        if not is_number(rate) or not 0 <= rate < math.inf:
-            raise InputError(f"LearningRateScheduler: the schedule must return a rate >= 0; received {rate!r}.")
-        return float(rate)
-
-    def _made(self, error: Exception) -> Any:
-        """The scheduler that the function makes of the optimizer; if it makes none, the error of the schedule."""
-        try:
-            made = self.schedule(self.model.optimizer)
-        except Exception:
-            raise error from None
-        if not is_scheduler(made):
-            raise error
-        return made
-
-    def on_epoch_end(self, epoch: int, logs: Logs) -> None:
-        """Step the torch scheduler."""
-        if self._scheduler is None:
-            return
-        if not isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self._scheduler.step()
-            return
-        value = _monitored(self.monitor, logs, self.params, type(self).__name__)
-        if value is not None:
-            self._scheduler.step(value)
-
-
-_SCHEDULER = torch.optim.lr_scheduler.LRScheduler
-
-
-def is_scheduler(value: Any) -> bool:
-    """Whether the value is a scheduler of torch."""
-    return isinstance(value, _SCHEDULER)
-
-
-def _takes(fn: Any, count: int) -> bool:
-    """Whether so many positional arguments can be passed."""
-    try:
-        inspect.signature(fn).bind(*range(count))
-    except TypeError:
-        return False
-    except ValueError:
-        # Functions of C may not tell: Keras's plain form is the one argument.
-        return count == 1
-    return True
 
 
 class CSVLogger(Callback):
@@ -350,7 +232,30 @@ class CSVLogger(Callback):
         if self.append and self.filename.exists():
             with self.filename.open(newline="") as existing:
                 self._columns = next(csv.reader(existing, delimiter=self.separator), None)
-        self._file = self.filename.open("a" if self.append else "w", newline="")
+        self._file = self.filename.open("a" if self.append or self.params.get("resumed") else "w", newline="")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The columns, and how much of the file is on the disk."""
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {"columns": self._columns, "bytes": os.fstat(self._file.fileno()).st_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Cut off the lines of epochs that will run again.
+
+        Raises:
+            CheckpointError: the file is shorter than it was.
+        """
+        assert self._file is not None
+        found = os.fstat(self._file.fileno()).st_size
+        if found < state["bytes"]:
+            raise CheckpointError(
+                f"resume: {self.filename} has {found} bytes; the run had written {state['bytes']}. Put the file back, "
+                "or start in another run_dir."
+            )
+        self._file.truncate(state["bytes"])
+        self._columns = state["columns"]
 
     def on_epoch_end(self, epoch: int, logs: Logs) -> None:
         """Write one line."""
@@ -372,6 +277,26 @@ class CSVLogger(Callback):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+class BackupAndRestore(Callback):
+    """Set when `fit(run_dir=…)` writes a checkpoint; `fit(…, resume=True)` goes on from the newest one.
+
+    Without it checkpoints are written as often as costs a hundredth of the time.
+
+    Args:
+        save_freq: `"epoch"`, or every so many steps of the run (batches, or windows of them); and always at the end.
+    """
+
+    def __init__(self, save_freq: str | int = "epoch") -> None:
+        number = isinstance(save_freq, int) and not isinstance(save_freq, bool)
+        if not number and save_freq != "epoch":
+            raise InputTypeError(
+                f"save_freq of BackupAndRestore: expected 'epoch' or a number of batches, received {save_freq!r}."
+            )
+        if isinstance(save_freq, int) and save_freq < 1:
+            raise InputError(f"save_freq of BackupAndRestore: expected at least 1 batch, received {save_freq}.")
+        self.save_freq = save_freq
 
 
 def as_callbacks(given: Any) -> list[Callback]:

@@ -49,9 +49,9 @@ class ArrayData:
         """Number of batches of an epoch."""
         return -(-self.length // batch_size)
 
-    def batches(self, batch_size: int, order: Tensor | None) -> Iterator[Batch]:
-        """The batches of an epoch, in the given order of the samples; the last one may be smaller."""
-        for start in range(0, self.length, batch_size):
+    def batches(self, batch_size: int, order: Tensor | None, taken: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch but the first `taken`, in the given order of the samples; the last may be smaller."""
+        for start in range(taken * batch_size, self.length, batch_size):
             stop = min(start + batch_size, self.length)
             if order is None:
                 ids = torch.arange(start, stop)
@@ -250,8 +250,28 @@ class IterableData:
 
     def batches(self, batch_size: int, order: Tensor | None) -> Iterator[Batch]:
         """The batches of an epoch."""
-        for position, item in enumerate(self.source):
-            yield read_batch(item, self.dtype, position)
+        return self.read(self.opened(), 0)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the iterable tells and takes its own state, as torchdata's StatefulDataLoader does."""
+        return all(callable(getattr(self.source, name, None)) for name in ("state_dict", "load_state_dict"))
+
+    def opened(self) -> Iterator[Any]:
+        """An iterator of the source.
+
+        One with a state of its own has its own randomness: what opening it draws from torch's generator, which is not
+        the same for a loader that was put back to a state, must not reach the model.
+        """
+        if not self.has_state:
+            return iter(self.source)
+        with torch.random.fork_rng(devices=[]):
+            return iter(self.source)
+
+    def read(self, items: Iterable[Any], position: int) -> Iterator[Batch]:
+        """Batches from items of the source; the first of them is the one at `position`."""
+        for offset, item in enumerate(items):
+            yield read_batch(item, self.dtype, position + offset)
 
 
 Data = ArrayData | IterableData

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from lossledger.batch import Batch
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
 from lossledger.training import boundary, loop, measure, posting
+from lossledger.training.backup import Progress
 from lossledger.training.data import Data, order_of
 from lossledger.training.measure import MetricPlan
 from lossledger.training.progress import Show
@@ -36,6 +39,7 @@ class Fitting:
         ledger: takes the rows.
         run_dir: where the ledger is written after every epoch, if anywhere.
         stopped: whether a callback ended the training.
+        progress: how far a resumed run was.
     """
 
     plan: StepPlan
@@ -52,42 +56,54 @@ class Fitting:
     ledger: Ledger
     run_dir: str | Path | None
     stopped: Callable[[], bool]
+    progress: Progress
 
     def run(self, show: Show) -> tuple[dict[str, list[float]], list[int]]:
-        """All epochs: the numbers by name, and the epochs that ran."""
-        history: dict[str, list[float]] = {}
-        done: list[int] = []
-        step = 1
-        for epoch in self.epochs:
-            result = self._train(epoch, step, show)
-            step += result.steps
+        """All epochs, or those that a resumed run lacks: the numbers by name, and the epochs that ran."""
+        progress, backup = self.progress, self.options.backup
+        if backup is not None:
+            backup.begin()
+        ended = bool(progress.done) and self.stopped() and not (backup is not None and backup.interrupted)
+        for epoch in () if ended else self.epochs[len(progress.done) :]:
+            result = self._train(epoch, show)
             logs = dict(result.logs)
             if self.validation is not None and (epoch + 1) % self.validation_freq == 0:
                 logs |= self._validate(self.validation, epoch, show)
             for name, value in logs.items():
-                history.setdefault(name, []).append(value)
-            done.append(epoch)
+                progress.history.setdefault(name, []).append(value)
+            progress.done.append(epoch)
+            progress.step += result.steps
             show.end(self._title(epoch), result.steps, result.seconds, logs)
             if self.run_dir is not None:
                 self.ledger.save(self.run_dir)
             for callback in self.options.callbacks:
                 callback.on_epoch_end(epoch, logs)
-            if self.stopped():
+            last = self.stopped() or epoch == self.epochs[-1]
+            if backup is not None:
+                backup.end_epoch(last)
+            if last:
                 break
-        return history, done
+        return progress.history, progress.done
 
     def _title(self, epoch: int) -> str:
         return f"epoch {epoch + 1}/{self.epochs.stop}"
 
-    def _train(self, epoch: int, step: int, show: Show) -> loop.PassResult:
-        for callback in self.options.callbacks:
-            callback.on_epoch_begin(epoch, {})
-        batches = self.data.steps(self.options.batch_size) if self.options.steps is None else self.options.steps
-        show.begin(self._title(epoch), boundary.updates_of(batches, self.options.accumulate))
+    def _train(self, epoch: int, show: Show) -> loop.PassResult:
+        backup, options = self.options.backup, self.options
+        if backup is None or not backup.interrupted:
+            for callback in options.callbacks:
+                callback.on_epoch_begin(epoch, {})
+        steps = self.data.steps(options.batch_size) if options.steps is None else options.steps
+        show.begin(self._title(epoch), boundary.updates_of(steps, options.accumulate))
         current = loop.Pass(self.plan.objective, self.metrics, self.device, show)
         length = self.data.length
         order = order_of(length, self.seed, epoch) if length is not None and self.shuffled else None
-        result = loop.train_epoch(self.plan, self.data, order, self.options, current, step)
+        batches: Iterator[Batch]
+        if backup is None:
+            batches = itertools.islice(self.data.batches(options.batch_size, order), options.steps)
+        else:
+            batches = backup.batches(options.batch_size, order, options.steps, current)
+        result = loop.train_epoch(self.plan, batches, options, current, self.progress.step)
         post(self.ledger, self.plan.objective, result, "training", epoch + 1)
         return result
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from lossledger.forward import run_forward
 from lossledger.objective import Objective
 from lossledger.tally import Tally
 from lossledger.training import posting
-from lossledger.training.callbacks import Callback, overrides
+from lossledger.training.callback import Callback, overrides
 from lossledger.training.data import Data
 from lossledger.training.gate import bad_elements
 from lossledger.training.measure import Measures, MetricPlan
@@ -28,6 +28,9 @@ from lossledger.training.running import Running
 from lossledger.training.step import Observe, StepPlan, StepResult, train_step
 from lossledger.training.trace import nonfinite_error
 from lossledger.window import check_replay
+
+if TYPE_CHECKING:
+    from lossledger.training.backup import Backup
 
 LOG_SECONDS = 0.1
 # Batches kept since the last log point, to name the samples of a bad one.
@@ -97,6 +100,16 @@ class Pass:
             self._bad_steps += bad
         if done is not None and done.differs is not None:
             self._differs = done.differs if self._differs is None else self._differs | done.differs
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the pass is."""
+        return {"steps": self.steps, "running": self.running.state_dict(), "measures": self.measures.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was told; no step of it was left out and not yet reported."""
+        self.steps = state["steps"]
+        self.running.load_state_dict(state["running"])
+        self.measures.load_state_dict(state["measures"], self._bad_steps.device)
 
     def bad_steps(self) -> int:
         """Number of steps that were left out; a read."""
@@ -178,12 +191,13 @@ class TrainOptions:
     checked: bool
     callbacks: Sequence[Callback]
     after_step: Callable[[], None] | None
+    backup: Backup | None = None
 
 
 def train_epoch(
-    plan: StepPlan, data: Data, order: Tensor | None, options: TrainOptions, current: Pass, first_step: int
+    plan: StepPlan, batches: Iterator[Batch], options: TrainOptions, current: Pass, first_step: int
 ) -> PassResult:
-    """One epoch of training.
+    """One epoch of training, or the rest of one that was interrupted: `current` knows how far it was.
 
     Raises:
         EmptyDataError: the data gave no batch.
@@ -195,10 +209,9 @@ def train_epoch(
     longest = max(1, RECENT // options.accumulate)
     recent: deque[tuple[int, tuple[Batch, ...], StepResult]] = deque(maxlen=longest)
     watch, skip = options.on_nonfinite == "raise", options.on_nonfinite == "skip"
-    batches = itertools.islice(data.batches(options.batch_size, order), options.steps)
     windows = iter(lambda: tuple(itertools.islice(batches, options.accumulate)), ())
     observe = current.observe
-    for index, host in enumerate(windows):
+    for index, host in enumerate(windows, current.steps):
         window = tuple(map(to_device, host, itertools.repeat(device)))
         for callback in begin:
             callback.on_train_batch_begin(index, {})
@@ -218,6 +231,12 @@ def train_epoch(
             recent.clear()
         for callback in end:
             callback.on_train_batch_end(index, LazyLogs(current.current))
+        if options.backup is not None and options.backup.due(current.steps):
+            current.check_replays()
+            if watch:
+                stop_if_bad(plan, current, recent)
+                recent.clear()
+            options.backup.write(current)
     if current.steps == 0:
         raise EmptyDataError(
             "fit: the data gave no batch in this epoch; expected at least one. A generator is exhausted after one "

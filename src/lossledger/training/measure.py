@@ -134,6 +134,18 @@ class Measures:
                 metric.update(y_true, y_pred)
         self._step, self._updates = {}, []
 
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, and the states of the metrics that keep their own."""
+        own = {p.name: p.metric.state_dict() for p in self._plans if isinstance(p.metric, metrics.TorchMetric)}
+        return {"sums": self._sums, "own": own}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `state_dict` told."""
+        self._sums = {name: sums.to(device, copy=True) for name, sums in state["sums"].items()}
+        for p in self._plans:
+            if isinstance(p.metric, metrics.TorchMetric):
+                p.metric.load_state_dict(state["own"][p.name], device)
+
     def read(self) -> dict[str, metrics.Result]:
         """The metrics so far: one transfer."""
         flat = [t.reshape(-1).double() for t in self._sums.values()]

@@ -16,7 +16,7 @@ from lossledger.forward import calling
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
 from lossledger.objective import plan as planning
-from lossledger.training import boundary, loop, measure, optimizers, prediction, weights
+from lossledger.training import backup, boundary, loop, measure, optimizers, prediction, weights
 from lossledger.training.average import Average
 from lossledger.training.callbacks import as_callbacks
 from lossledger.training.data import Data, array_data, make_data
@@ -24,7 +24,7 @@ from lossledger.training.fitting import Fitting, evaluated, post
 from lossledger.training.gate import Gate
 from lossledger.training.modes import training
 from lossledger.training.progress import Show
-from lossledger.training.provenance import provenance
+from lossledger.training.provenance import provenance, recipe
 from lossledger.training.step import StepPlan, train_step
 from lossledger.training.summary import summary_table
 
@@ -200,6 +200,7 @@ class Model:
         steps_per_epoch: int | None = None,
         validation_freq: int = 1,
         run_dir: str | Path | None = None,
+        resume: bool = False,
         seed: int | None = None,
     ) -> History:
         """Train.
@@ -224,23 +225,61 @@ class Model:
             steps_per_epoch: batches of an epoch. Each epoch starts over at the first batch: with `shuffle=False` later
                 ones are never seen. Only a generator goes on where it was.
             validation_freq: validate every so many epochs.
-            run_dir: folder of the run; the ledger is written there after every epoch.
+            run_dir: folder of the run; the ledger is written there after every epoch, and checkpoints in between.
+            resume: go on with the run in `run_dir` from its newest checkpoint, as if it had not been interrupted; an
+                empty folder starts a new one. Weights, optimizer, random states and order come from the checkpoint.
             seed: of the order of the samples; drawn from torch's generator if not given.
 
         Returns:
             the history, with the ledger.
+
+        Raises:
+            CheckpointError: a run that cannot be resumed: damaged, of another recipe, or on data that cannot go on.
         """
-        boundary.check_fit(batch_size, epochs, accumulate, initial_epoch, validation_freq, run_dir)
+        boundary.check_fit(batch_size, epochs, accumulate, initial_epoch, validation_freq, run_dir, resume)
         plan = self._compiled(class_weight)
         data = make_data(x, y, sample_weight, mask, self._dtype())
         data, held = boundary.validation(data, validation_split, validation_data, self._dtype())
         steps = boundary.steps_of(steps_per_epoch, data.steps(batch_size))
         self._check(plan, data, held)
-        seed = boundary.seed_of(seed)
+        calls = as_callbacks(callbacks)
+        found = None if run_dir is None or not resume else backup.find(Path(run_dir))
+        seed = boundary.seed_of(seed) if found is None or seed is not None else found.state["recipe"]["seed"]
         params = {"epochs": epochs, "steps": boundary.updates_of(steps, accumulate), "seed": seed}
-        made_of = provenance(plan, seed, batch_size, accumulate)
-        self.ledger = Ledger("run" if run_dir is None else Path(run_dir).name, made_of)
+        made = provenance(plan, seed, batch_size, accumulate)
         average = Average(plan.parameters, self._ema)
+        progress = backup.Progress()
+        saving, ledger = backup.open_run(
+            run_dir,
+            found,
+            recipe(
+                made,
+                plan,
+                data,
+                held,
+                metrics=[p.name for p in self._metrics],
+                callbacks=[type(callback).__name__ for callback in backup.stateful(calls)],
+                shuffle=bool(shuffle),
+                steps_per_epoch=steps_per_epoch,
+                initial_epoch=initial_epoch,
+                validation_freq=validation_freq,
+                ema=self._ema,
+                on_nonfinite=self._on_nonfinite,
+            ),
+            backup.Changing(
+                self.net,
+                plan.optimizer,
+                average,
+                calls,
+                data,
+                held,
+                progress,
+                stopped=lambda: self.stop_training,
+                stop=lambda value: setattr(self, "stop_training", value),
+                device=self._device(),
+            ),
+        )
+        self.ledger = Ledger("run" if run_dir is None else Path(run_dir).name, made) if ledger is None else ledger
         fitting = Fitting(
             plan=plan,
             frozen_plan=self._compiled(),
@@ -255,8 +294,9 @@ class Model:
                 by="class",
                 on_nonfinite=self._on_nonfinite,
                 checked=boundary.checked_at_once(data, self._device()),
-                callbacks=as_callbacks(callbacks),
+                callbacks=calls,
                 after_step=average.update if self._ema is not None else None,
+                backup=saving,
             ),
             device=self._device(),
             epochs=range(initial_epoch, epochs),
@@ -265,8 +305,10 @@ class Model:
             ledger=self.ledger,
             run_dir=run_dir,
             stopped=lambda: self.stop_training,
+            progress=progress,
         )
-        return History(*self._run(fitting, Show(verbose), params, average), self.ledger, params)
+        params_of_callbacks = {**params, "validation": held is not None, "resumed": found is not None}
+        return History(*self._run(fitting, Show(verbose), params_of_callbacks, average), self.ledger, params)
 
     def _check(self, plan: StepPlan, data: Data, held: Data | None) -> None:
         boundary.check_targets(plan, data, self._device())
@@ -282,7 +324,7 @@ class Model:
         callbacks = fitting.options.callbacks
         for callback in callbacks:
             callback.set_model(self)
-            callback.set_params({**params, "validation": fitting.validation is not None})
+            callback.set_params(params)
             callback.on_train_begin({})
         try:
             with show, training(self.net):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 import lossledger
+from lossledger.batch import leaves
+from lossledger.training.data import ArrayData, Data
 from lossledger.training.step import StepPlan
 
 
@@ -33,6 +37,47 @@ def provenance(plan: StepPlan, seed: int | None, batch_size: int, accumulate: in
             "python": platform.python_version(),
         },
     }
+
+
+def recipe(
+    made: Mapping[str, Any], plan: StepPlan, data: Data, validation: Data | None, **settings: Any
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed, as values that JSON gives back equal.
+
+    Args:
+        made: the provenance. Versions may change, and learning rates come with the optimizer's state.
+        plan: of a step.
+        data: to train on.
+        validation: to validate on.
+        settings: more of the same, by name.
+    """
+    kept = {name: value for name, value in made.items() if name not in ("learning_rate", "versions", "parameters")}
+    weights = {name: f"{p.dtype} {tuple(p.shape)}" for name, p in plan.net.named_parameters()}
+    step = {"precision": str(plan.autocast or "float32"), "clip_norm": plan.clip_norm}
+    whole = {**kept, **step, "weights": weights, "data": _described(data), "validation data": _described(validation)}
+    # Functions are known by their names: their addresses differ from process to process.
+    text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps({**whole, **settings}, default=str))
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def _described(data: Data | None) -> Any:
+    if data is None:
+        return None
+    if not isinstance(data, ArrayData):
+        return {"batches": data.steps(1)}
+    parts = {"x": data.x, "y": data.y, "sample_weight": data.sample_weight, "mask": data.mask}
+    shapes = {name: [f"{a.dtype} {tuple(a.shape[1:])}" for a in leaves(part)] for name, part in parts.items()}
+    return {"samples": data.length, **shapes}
+
+
+def differences(run: Any, call: Any, where: str = "") -> Iterator[str]:
+    """What differs between the recipe of a run and that of a call of `fit`."""
+    if isinstance(run, Mapping) and isinstance(call, Mapping):
+        for name in {**run, **call}:
+            yield from differences(run.get(name), call.get(name), f"{where} {name}".lstrip())
+    elif run != call:
+        yield f"{where}: expected {run!r} as in the run, received {call!r}"
 
 
 def _plain(class_weight: Any) -> Any:

@@ -62,6 +62,18 @@ class Running:
                 sums[slot] = known + value
         torch._foreach_add_(targets, addends)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, and what the tallies they belong to are like."""
+        return {"sums": self._sums, "patterns": {name: _kind(tally) for name, tally in self._patterns.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from sums that `state_dict` told."""
+        self._patterns = {name: _pattern(**kind) for name, kind in state["patterns"].items()}
+        self._sums = {
+            name: [v.to(self._device, copy=True) if isinstance(v, Tensor) else v for v in values]
+            for name, values in state["sums"].items()
+        }
+
     def read(self) -> dict[str, Tally]:
         """The sums so far, on the host as NumPy values: one transfer for all terms."""
         flat = [v.reshape(-1).double() for sums in self._sums.values() for v in sums if isinstance(v, Tensor)]
@@ -79,6 +91,18 @@ class Running:
                 start += value.numel()
             found[name] = _rebuild(self._patterns[name], values)
         return found
+
+
+def _kind(tally: Tally) -> dict[str, Any]:
+    """What does not add up in a tally."""
+    groups = tally.groups
+    found = {"coefficient": tally.coefficient, "offset": tally.offset, "form": tally.form}
+    return found | {"groups": None if groups is None else (groups.kind, groups.keys, groups.cell)}
+
+
+def _pattern(coefficient: Any, offset: Any, form: Any, groups: tuple[Any, ...] | None) -> Tally:
+    empty = None if groups is None else Groups(groups[0], groups[1], 0, 0, 0, 0, groups[2])
+    return Tally(0, 0, 0, 0, coefficient, offset, form, groups=empty)
 
 
 # Positions of the counts among the slots: count, nonfinite, and the counts of the groups.

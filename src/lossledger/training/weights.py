@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import nn
 
 from lossledger.errors import InputError
+
+
+def state(net: nn.Module) -> dict[str, Any]:
+    """All parameters and buffers by name, also the buffers that `state_dict` leaves out."""
+    kept = net.state_dict()
+    return {**kept, **{name: buffer for name, buffer in net.named_buffers() if name not in kept}}
+
+
+def put(net: nn.Module, values: Mapping[str, Any]) -> None:
+    """Put back what `state` told.
+
+    Raises:
+        RuntimeError: weights of another model.
+    """
+    kept = net.state_dict().keys()
+    buffers = {name: buffer for name, buffer in net.named_buffers() if name not in kept}
+    net.load_state_dict({name: value for name, value in values.items() if name not in buffers})
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(net.get_submodule(owner), leaf, values[name].to(buffer.device, copy=True))
 
 
 def save(net: nn.Module, path: str | Path) -> None:

@@ -1,0 +1,30 @@
+"""The states of the random generators that a training step or the data may draw from."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def capture(device: torch.device) -> dict[str, Any]:
+    """The states of torch (processor and device), NumPy and Python, as values that a checkpoint can hold."""
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": np.random.get_state(legacy=False),
+        "python": {"version": version, "words": np.array(words, dtype=np.uint32), "gauss": gauss},
+    }
+
+
+def restore(state: dict[str, Any], device: torch.device) -> None:
+    """Put the generators back to where they were."""
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["device"], device)
+    np.random.set_state(state["numpy"])
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
