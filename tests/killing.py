@@ -1,10 +1,11 @@
-"""Runs that are killed: `python killing.py FOLDER KILLS SEED` kills runs at random moments, `… FOLDER calls` at each
-call of the system that makes something durable. Prints one JSON line; each run is a forked process of its own.
+"""Runs that are killed: `python killing.py FOLDER KILLS SEED` kills runs at random moments, `… FOLDER calls N` at each
+N-th call of the system that makes something durable. Prints one JSON line; each run is a forked process of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -142,9 +143,9 @@ def at_random(folder: Path, kills: int, seed: int) -> dict:
         want = f"whole-{kind}-{epochs}"
         if want not in duration:
             started = time.perf_counter()
-            finished(forked(lambda: job(want)))
+            finished(forked(functools.partial(job, want)))
             duration[want] = time.perf_counter() - started
-        done += killed_until_done(lambda: job(f"killed-{runs}"), rng, 0.7 * duration[want])
+        done += killed_until_done(functools.partial(job, f"killed-{runs}"), rng, 0.7 * duration[want])
         wrong += different(folder, want, f"killed-{runs}")
     return {"kills": done, "runs": runs, "wrong": wrong}
 
@@ -173,7 +174,7 @@ def dies_at(call: int, job):
     job()
 
 
-def at_each_call(folder: Path) -> dict:
+def at_each_call(folder: Path, stride: int) -> dict:
     warm(folder)
     rng = random.Random(0)
 
@@ -182,7 +183,7 @@ def at_each_call(folder: Path) -> dict:
 
     finished(forked(lambda: job("whole")))
     kills, wrong = 0, []
-    for call in range(1, 10_000):
+    for call in range(1, 10_000, stride):
         name = f"call-{call:04d}"
         if finished(forked(lambda call=call, name=name: dies_at(call, lambda: job(name)))):
             break
@@ -196,5 +197,6 @@ def at_each_call(folder: Path) -> dict:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    result = at_each_call(place) if sys.argv[2] == "calls" else at_random(place, int(sys.argv[2]), int(sys.argv[3]))
+    what, number = sys.argv[2], int(sys.argv[3])
+    result = at_each_call(place, number) if what == "calls" else at_random(place, int(what), number)
     print(json.dumps(result))

@@ -28,6 +28,12 @@ N, SIZE, EPOCHS = 22, 5, 3
 STEPS = 5
 
 
+@pytest.fixture(autouse=True)
+def _no_sync(monkeypatch):
+    """These processes live on; what reaches the disk is tested by those that are killed."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
 class Killed(BaseException):
     """Nothing of the library catches it."""
 
@@ -235,7 +241,7 @@ def interrupted(folder, moment, **options):
 def test_a_run_resumed_at_any_moment_is_the_run_that_was_not_interrupted(tmp_path, case):
     whole = started(tmp_path / "whole", case)
     # Before and after a step, the end of an epoch before and after the other callbacks, the beginning of one.
-    moments = range(1, MOMENTS + 1) if case == "validation" else (8, 11, 12, 13, 21, 31)
+    moments = range(1, MOMENTS + 1) if case == "validation" else (8, 12, 13, 31)
     resumed = {moment: interrupted(tmp_path / f"{moment}", moment, case=case) for moment in moments}
     found = {moment: differing(whole, other) for moment, other in resumed.items() if other is not None}
     assert len(found) >= 2 and not any(found.values())
@@ -245,7 +251,7 @@ def test_a_run_resumed_at_any_moment_is_the_run_that_was_not_interrupted(tmp_pat
 @pytest.mark.parametrize("kind", ["arrays", "list", "loader", "own generator", "augmenting", "stateful"])
 def test_the_rest_of_an_epoch_is_the_same_for_every_form_of_data(tmp_path, kind, save_freq):
     whole = started(tmp_path / "whole", kind=kind, save_freq=save_freq)
-    for moment in (9, 12, 13, 20):
+    for moment in (9, 13):
         resumed = interrupted(tmp_path / f"{moment}", moment, kind=kind, save_freq=save_freq)
         assert differing(whole, resumed) == []
 
@@ -275,6 +281,7 @@ def test_the_same_model_goes_on_after_an_exception(tmp_path):
     assert differing(whole, started(tmp_path / "a", "average, clipping, penalties", model=model, resume=True)) == []
 
 
+@pytest.mark.filterwarnings("ignore:Metric `SpearmanCorrcoef`")
 def test_state_of_torchmetrics_goes_on(tmp_path):
     torchmetrics = pytest.importorskip("torchmetrics")
 
@@ -353,7 +360,7 @@ def test_a_new_run_does_not_start_in_the_folder_of_another(tmp_path):
     with pytest.raises(Killed):
         started(tmp_path / "run", moment=3)
     assert not (tmp_path / "run" / "run" / "run.json").exists()
-    with pytest.raises(InputError, match="already holds a run.*resume=True"):
+    with pytest.raises(InputError, match=r"already holds a run.*resume=True"):
         started(tmp_path / "run")
 
 
@@ -544,7 +551,7 @@ def test_a_tree_of_values_comes_back_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, torch.ones(2).to_sparse(), torch.ones(1, dtype=torch.complex64)])
 def test_a_value_of_another_kind_is_refused(tmp_path, value):
-    with pytest.raises(CheckpointError, match="cannot hold a.0"):
+    with pytest.raises(CheckpointError, match=r"cannot hold a\.0"):
         checkpoint.write(tmp_path, {"a": [value]})
 
 
@@ -600,7 +607,7 @@ def test_no_whole_checkpoint_is_an_error_that_names_the_files(tmp_path):
 def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
     path = checkpoint.write(tmp_path, {"a": 1})
     path.write_text(path.read_text().replace('"schema": 1', '"schema": 99'))
-    with pytest.raises(CheckpointError, match="schema 99; this version .* up to 1"):
+    with pytest.raises(CheckpointError, match=r"schema 99; this version .* up to 1"):
         checkpoint.newest(tmp_path)
 
 
@@ -626,7 +633,8 @@ def test_checkpoints_take_a_bounded_share_of_the_time(tmp_path, monkeypatch):
         def on_train_batch_end(self, batch, logs):
             clock[0] += 1.0
 
-    model = another()
+    model = ll.Model(nn.Linear(3, 2))
+    model.compile("adam", mixed())
     x, y = data()
     model.fit(x, y, batch_size=1, epochs=20, callbacks=Second(), run_dir=tmp_path / "r", verbose=0)
     # The first, those between (440 steps), and the last.
@@ -663,5 +671,11 @@ def test_a_hundred_runs_killed_at_random_moments(tmp_path, seed):
 @forks
 @pytest.mark.slow
 def test_runs_killed_at_each_call_that_makes_something_durable(tmp_path):
-    found = killing(tmp_path, "calls")
+    found = killing(tmp_path, "calls", 1)
     assert found["calls"] >= 80 and found["kills"] >= found["calls"] and found["wrong"] == []
+
+
+@forks
+def test_runs_killed_at_some_calls_that_make_something_durable(tmp_path):
+    found = killing(tmp_path, "calls", 11)
+    assert found["calls"] >= 80 and found["kills"] >= 8 and found["wrong"] == []
