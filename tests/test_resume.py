@@ -156,6 +156,12 @@ CASES = {
     "stopped midway": ({}, {}, lambda d: [StopMidway()]),
     "bad steps left out": ({"on_nonfinite": "skip", "metrics": ["mae"]}, {"bad": True}, lambda d: []),
     "fewer steps": ({}, {"steps_per_epoch": 3, "shuffle": False}, lambda d: []),
+    "windows": ({"ema": 0.9}, {"accumulate": 2}, lambda d: []),
+    "windows of a ratio": (
+        {"loss": ll.losses.Dice(axis=(0, 1), from_logits="sigmoid")},
+        {"accumulate": 3},
+        lambda d: [],
+    ),
     "later epochs": ({}, {"initial_epoch": 1, "epochs": 4}, lambda d: []),
 }
 _models: dict[Path, ll.Model] = {}
@@ -245,6 +251,35 @@ def test_a_run_resumed_at_any_moment_is_the_run_that_was_not_interrupted(tmp_pat
     resumed = {moment: interrupted(tmp_path / f"{moment}", moment, case=case) for moment in moments}
     found = {moment: differing(whole, other) for moment, other in resumed.items() if other is not None}
     assert len(found) >= 2 and not any(found.values())
+
+
+@pytest.mark.parametrize("kind", ["arrays", "augmenting", "stateful"])
+def test_a_run_may_be_cut_off_inside_a_window(tmp_path, kind):
+    """Five batches make windows of 2, 2 and 1; the batch that is cut off may be any of them."""
+    whole = started(tmp_path / "whole", kind=kind, accumulate=2)
+
+    class Cut(nn.Module):
+        """The model of a process that ends in its n-th forward pass."""
+
+        def __init__(self, left):
+            super().__init__()
+            self.net, self.left = net(), left
+
+        def forward(self, x):
+            self.left -= self.training
+            if self.left == 0:
+                raise Killed
+            return self.net(x)
+
+    for passes in range(1, 2 * STEPS, 2):
+        model = ll.Model(Cut(passes))
+        model.compile("adam", mixed())
+        with pytest.raises(Killed):
+            started(tmp_path / f"{passes}", kind=kind, accumulate=2, model=model)
+        model.net.left = 10**9
+        resumed = started(tmp_path / f"{passes}", kind=kind, accumulate=2, model=model, resume=True)
+        resumed["weights"] = {name.removeprefix("net."): value for name, value in resumed["weights"].items()}
+        assert differing(whole, resumed) == []
 
 
 @pytest.mark.parametrize("save_freq", [3, "epoch", None])
@@ -413,6 +448,7 @@ def another(**compiling):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"accumulate": 2}, "accumulate: expected 1 as in the run, received 2"),
         ({"batch_size": 4}, "batch_size: expected 5 as in the run, received 4"),
         ({"seed": 1}, "seed: expected 0 as in the run, received 1"),
         ({"shuffle": False}, "shuffle: expected True"),
