@@ -10,6 +10,7 @@ import safetensors.torch
 from torch import nn
 
 from lossledger.errors import InputError
+from lossledger.ledger.segments import publish
 
 
 def state(net: nn.Module) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def save(net: nn.Module, path: str | Path) -> None:
     temporary = target.with_name(target.name + ".partial")
     state = {name: value.detach().contiguous().clone() for name, value in net.state_dict().items()}
     safetensors.torch.save_file(state, str(temporary))
-    temporary.replace(target)
+    publish(temporary, target)
 
 
 def load(net: nn.Module, path: str | Path) -> None:
