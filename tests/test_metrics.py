@@ -660,7 +660,7 @@ def test_what_is_no_metric_is_refused() -> None:
         def __call__(self, y_true: Any, y_pred: Any) -> float:
             return 0.0
 
-    with pytest.raises(InputTypeError, match="KerasLike of Keras"):
+    with pytest.raises(InputTypeError, match="KerasLike, which has an update_state"):
         metrics.get(KerasLike())
     with pytest.raises(InputTypeError, match="must be callable"):
         metrics.MeanMetric(3)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Rooms, from the bottom to the top: a room imports from rooms above it in this list, or from itself.
 ROOMS = [
     "errors",
+    "frameworks",
     "tally",
     "weighting",
     "batch",
@@ -26,6 +27,7 @@ ROOMS = [
     "regularizers",
     "objective",
     "forward",
+    "integrations",
     "distributed",
     "window",
     "conventions",

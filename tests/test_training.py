@@ -530,6 +530,17 @@ def test_optimizers_by_name_carry_the_defaults_of_keras(name):
     assert same(parameters(model.net), parameters(by_hand))
 
 
+@pytest.mark.parametrize("call", ["fit", "train_on_batch"])
+def test_gradients_that_somebody_left_do_not_enter_the_first_step(call):
+    x, y = data()
+    model = compiled()
+    clean = compiled(copy.deepcopy(model.net))
+    model.net(x).sum().backward()
+    for one in (model, clean):
+        fit(one, x, y) if call == "fit" else one.train_on_batch(x, y)
+    assert same(parameters(model.net), parameters(clean.net))
+
+
 def test_fit_with_binary_cross_entropy_and_dice_is_the_loop_written_by_hand():
     x, _ = data()
     y = two_targets()["b"]

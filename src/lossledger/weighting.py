@@ -241,6 +241,50 @@ def weighting(
     return Weighting(shape, mask, weight)
 
 
+def carried_mask(output: Any) -> Tensor | None:
+    """The mask that a layer of Keras left on its output (or a torch module in the same attribute), bool.
+
+    It is an attribute of the very tensor: a cast, a slice or a `detach` loses it.
+    """
+    mask = getattr(output, "_keras_mask", None)
+    return mask.bool() if isinstance(mask, Tensor) else None
+
+
+def joined(mask: Any, carried: Tensor | None, where: str) -> Any:
+    """A given mask and the one that the output carries, where there are both.
+
+    Example:
+        >>> joined([True, False], torch.tensor([[True, False], [True, True]]), "loss").tolist()
+        [[True, False], [False, False]]
+    """
+    if mask is None or carried is None:
+        return carried if mask is None else mask
+    return both(mask, carried, f"{where}: mask")
+
+
+def masked_weight(sample_weight: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Sample weights that are 0 where a mask is not set, for code that knows no masks; leading axes match.
+
+    Example:
+        >>> masked_weight(torch.tensor([2.0, 3.0]), torch.tensor([[True, False], [True, True]])).tolist()
+        [[2.0, 0.0], [3.0, 3.0]]
+    """
+    if mask is None:
+        return sample_weight
+    inside = mask != 0
+    if sample_weight is None:
+        return inside.to(torch.get_default_dtype())
+    weight, inside = _of_one_rank(sample_weight, inside)
+    return torch.where(inside, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+
+def _of_one_rank(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with as many axes as the longer one: missing axes at the end become 1."""
+    rank = max(first.ndim, second.ndim)
+    one, other = (t.reshape(*t.shape, *(1,) * (rank - t.ndim)) for t in (first, second))
+    return one, other
+
+
 def as_mask(mask: Tensor, what: str) -> Tensor:
     """A mask as bool.
 
@@ -264,8 +308,7 @@ def both(mask: Any, other: Any, what: str) -> Tensor:
     one, two = (as_mask(as_tensor(m, what), what) for m in (mask, other))
     if two.device != one.device:
         two = two.to(one.device)
-    rank = max(one.ndim, two.ndim)
-    one, two = (m.reshape(*m.shape, *(1,) * (rank - m.ndim)) for m in (one, two))
+    one, two = _of_one_rank(one, two)
     if any(
         a != b and (axis == 0 or 1 not in (a, b)) for axis, (a, b) in enumerate(zip(one.shape, two.shape, strict=True))
     ):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from lossledger.errors import InputError
 from lossledger.losses.prediction import Prediction
-from lossledger.weighting import ClassWeight, Weighting, as_mask, expand, selected
+from lossledger.weighting import ClassWeight, Weighting, as_mask, carried_mask, expand, joined, selected
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,3 +75,23 @@ def and_mask(valid: Tensor, mask: Tensor | None, shape: tuple[int, ...], where: 
         return valid
     what = f"{where}: mask"
     return valid & expand(as_mask(mask, what), shape[:-1], 1, what).squeeze(-1)
+
+
+def with_carried(y_pred: Any, mask: Any, checked: bool, where: str) -> tuple[Any, bool]:
+    """The mask with the one that the output carries, and whether the values of the targets are known to be right.
+
+    What a model masks is not known at the data boundary, where values are checked once.
+    """
+    carried = carried_mask(y_pred)
+    if carried is None:
+        return mask, checked
+    return joined(mask, carried, where), checked and carried.device.type != "cpu"
+
+
+def detached(output: Tensor) -> Tensor:
+    """The output without its graph, with the mask that it carries."""
+    found = output.detach()
+    mask = getattr(output, "_keras_mask", None)
+    if mask is not None:
+        found._keras_mask = mask  # type: ignore[attr-defined]
+    return found

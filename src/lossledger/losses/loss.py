@@ -20,7 +20,7 @@ from torch import Tensor
 from lossledger import reduction as reductions
 from lossledger.errors import InputError, InputTypeError
 from lossledger.losses import groups as grouping
-from lossledger.losses.aligned import Aligned, Late, select_leading
+from lossledger.losses.aligned import Aligned, Late, detached, select_leading, with_carried
 from lossledger.losses.arguments import dtype_of, snake_case
 from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.prediction import Prediction, Space
@@ -97,7 +97,8 @@ class Loss:
             y_true: targets, anything `torch.as_tensor` takes.
             y_pred: predictions, `[B, d…, C]`.
             sample_weight: a scalar, `(B,)`, a leading part of the entries' shape, or the elements' shape.
-            mask: the same shapes; masked elements reach neither value nor gradient, whatever they hold.
+            mask: the same shapes; masked elements reach neither value nor gradient, whatever they hold. A mask that
+                layers of Keras left on `y_pred` counts too.
         """
         batch = self.align(y_true, y_pred, sample_weight, mask)
         if self.reduction is reductions.NONE:
@@ -165,7 +166,7 @@ class Loss:
             >>> gradient
             tensor([[6.]])
         """
-        y_pred = y_pred.detach()
+        y_pred = detached(y_pred)
         batch = self.align(y_true, y_pred, sample_weight, mask)
         tally, gradient = self.backprop_aligned(batch, window, 1.0, by)
         return tally, self.restore(gradient, y_pred)
@@ -184,6 +185,7 @@ class Loss:
     ) -> Aligned:
         """One batch, checked and in the layout of the loss; `checked` skips the checks that read values."""
         where = where or self.name
+        mask, checked = with_carried(y_pred, mask, checked, where)
         pred = as_tensor(y_pred, f"{where}: y_pred")
         true = as_tensor(y_true, f"{where}: y_true", device=pred.device)
         if true.requires_grad and not pred.requires_grad:

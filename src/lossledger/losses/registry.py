@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
+from lossledger.frameworks import refuse_tensorflow
 from lossledger.losses.arguments import snake_case
 from lossledger.losses.asymmetric import AsymmetricFocal, AsymmetricFocalTversky, AsymmetricUnifiedFocal
 from lossledger.losses.classification import (
@@ -21,6 +22,7 @@ from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.focal import AsymmetricMultiLabel, BinaryFocalCrossentropy, CategoricalFocalCrossentropy
 from lossledger.losses.generalized import GeneralizedDice
 from lossledger.losses.hinge import CategoricalHinge, Hinge, SquaredHinge
+from lossledger.losses.keras import from_keras, is_keras
 from lossledger.losses.likelihood import GaussianNegativeLogLikelihood, PoissonNegativeLogLikelihood
 from lossledger.losses.loss import Loss
 from lossledger.losses.lovasz import LovaszHinge, LovaszSoftmax
@@ -120,11 +122,11 @@ NAMES: dict[str, type[Loss] | type[AsymmetricUnifiedFocal]] = {
 
 
 def get(identifier: Any) -> Loss | Expression:
-    """A loss from a name, a configuration, a callable, a torch loss, or a loss itself.
+    """A loss from a name, a configuration, a callable, a loss of torch or of Keras, or a loss itself.
 
     Args:
         identifier: for example `"mse"`, `"BinaryCrossentropy"`, `{"class_name": …, "config": …}`,
-            `torch.nn.BCEWithLogitsLoss()`, a function of `(y_true, y_pred)`.
+            `torch.nn.BCEWithLogitsLoss()`, `keras.losses.Huber()`, a function of `(y_true, y_pred)`.
 
     Raises:
         UnknownNameError: a name that is no loss, with a suggestion.
@@ -142,6 +144,9 @@ def get(identifier: Any) -> Loss | Expression:
         return NAMES[identifier]()
     if isinstance(identifier, dict):
         return deserialize(identifier)
+    refuse_tensorflow(identifier, "loss")
+    if is_keras(identifier):
+        return from_keras(identifier, NAMES)
     if callable(identifier):
         return from_callable(identifier)
     raise InputTypeError(

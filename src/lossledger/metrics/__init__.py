@@ -3,15 +3,16 @@
 from lossledger.metrics.accuracy import BinaryAccuracy, CategoricalAccuracy, SparseCategoricalAccuracy
 from lossledger.metrics.metric import Metric, Result
 from lossledger.metrics.overlap import DiceScore, IoU
-from lossledger.metrics.registry import get
+from lossledger.metrics.registry import get, known
 from lossledger.metrics.regression import MeanAbsoluteError, MeanMetric, MeanSquaredError, RootMeanSquaredError
-from lossledger.metrics.stateful import TorchMetric, from_torchmetrics
+from lossledger.metrics.stateful import KerasMetric, Stateful, TorchMetric, from_torchmetrics
 
 __all__ = [
     "BinaryAccuracy",
     "CategoricalAccuracy",
     "DiceScore",
     "IoU",
+    "KerasMetric",
     "MeanAbsoluteError",
     "MeanMetric",
     "MeanSquaredError",
@@ -19,7 +20,9 @@ __all__ = [
     "Result",
     "RootMeanSquaredError",
     "SparseCategoricalAccuracy",
+    "Stateful",
     "TorchMetric",
     "from_torchmetrics",
     "get",
+    "known",
 ]

@@ -10,6 +10,7 @@ from torch import nn
 
 from lossledger import losses
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
+from lossledger.frameworks import refuse_tensorflow
 from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
 from lossledger.losses.ratio import Overlap
@@ -17,7 +18,7 @@ from lossledger.metrics.accuracy import BinaryAccuracy, CategoricalAccuracy, Spa
 from lossledger.metrics.metric import Metric
 from lossledger.metrics.overlap import Activation, DiceScore, IoU
 from lossledger.metrics.regression import MeanAbsoluteError, MeanMetric, MeanSquaredError, RootMeanSquaredError
-from lossledger.metrics.stateful import TorchMetric, is_torchmetrics
+from lossledger.metrics.stateful import KerasMetric, Stateful, TorchMetric, is_keras_metric, is_torchmetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +155,22 @@ _NAMES = {name: build for names, build in _KINDS.items() for name in names}
 _ACCURACY = ("accuracy", "acc")
 
 
-def get(identifier: Any, loss: Any = None) -> Metric | TorchMetric:
-    """A metric from a name, a function, a torchmetrics object, or a metric itself.
+def known(name: str) -> bool:
+    """Whether `get` knows a metric of that name.
+
+    Example:
+        >>> known("mae"), known("median")
+        (True, False)
+    """
+    return name in _NAMES or name in _ACCURACY
+
+
+def get(identifier: Any, loss: Any = None) -> Metric | Stateful:
+    """A metric from a name, a function, an object of torchmetrics or Keras, or a metric itself.
 
     Args:
-        identifier: for example `"accuracy"`, `"iou"`, `IoU(absent="one")`, `torchmetrics.F1Score("binary")`, a function
-            of `(y_true, y_pred)`, a loss (the mean of its entries).
+        identifier: for example `"accuracy"`, `"iou"`, `IoU(absent="one")`, `torchmetrics.F1Score("binary")`,
+            `keras.metrics.AUC()`, a function of `(y_true, y_pred)`, a loss (the mean of its entries).
         loss: the loss of the same output, anything `losses.get` takes. `"accuracy"` needs it to choose among binary,
             categorical and sparse; other names read logits, class axis and `ignore_class` from it, and keep their
             defaults where it does not say. torch's `CrossEntropyLoss` is taken to have integer labels.
@@ -176,7 +187,7 @@ def get(identifier: Any, loss: Any = None) -> Metric | TorchMetric:
         >>> get("accuracy", losses.BinaryCrossentropy(from_logits=True))
         BinaryAccuracy(name='accuracy', axis=-1, threshold=0.5, from_logits=True)
     """
-    if isinstance(identifier, Metric | TorchMetric):
+    if isinstance(identifier, Metric | Stateful):
         return identifier
     if isinstance(identifier, str):
         chosen = None if loss is None else losses.get(loss)
@@ -187,6 +198,9 @@ def get(identifier: Any, loss: Any = None) -> Metric | TorchMetric:
         return _NAMES[identifier](identifier, read_output(chosen))
     if is_torchmetrics(identifier):
         return TorchMetric(identifier)
+    refuse_tensorflow(identifier, "metric")
+    if is_keras_metric(identifier):
+        return KerasMetric(identifier)
     if isinstance(identifier, type):
         raise InputTypeError(
             f"Expected a metric, received the class {identifier.__name__}. Make an instance: {identifier.__name__}()."
@@ -197,8 +211,8 @@ def get(identifier: Any, loss: Any = None) -> Metric | TorchMetric:
 def _from_callable(fn: Any) -> Metric:
     if hasattr(fn, "update_state"):
         raise InputTypeError(
-            f"Expected a metric without a state of its own, received {type(fn).__name__} of Keras. Use its name "
-            "('accuracy', 'mae', …) or the metric of lossledger.metrics."
+            f"Expected a metric, received {type(fn).__name__}, which has an update_state as metrics of Keras have, but "
+            "does not inherit from keras.metrics.Metric. Let it, or subclass lossledger.metrics.Metric."
         )
     if isinstance(fn, Loss):
         return MeanMetric(fn.call, fn.name)

@@ -1,20 +1,22 @@
-"""Metrics of torchmetrics, which keep their own state: `update`, `compute`, `reset`.
+"""Metrics that keep their own state, of torchmetrics and of Keras: `update`, `compute`, `reset`.
 
-Their protocol is not that of `Metric`: nothing is added here, so nothing is promised about splits, weights or masks.
+Their protocol is not that of `Metric`: nothing is added here, so nothing is promised about splits; weights and masks
+count where the framework lets them.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
 from lossledger.errors import InputError, InputTypeError
+from lossledger.frameworks import comes_from
 from lossledger.metrics.metric import Result
-from lossledger.weighting import as_tensor
+from lossledger.weighting import as_tensor, masked_weight
 
 
 def is_torchmetrics(metric: Any) -> bool:
@@ -24,11 +26,37 @@ def is_torchmetrics(metric: Any) -> bool:
     """
     if isinstance(metric, type) or not all(hasattr(metric, name) for name in ("update", "compute", "reset")):
         return False
-    return any(base.__module__.split(".")[0] == "torchmetrics" for base in type(metric).__mro__)
+    return comes_from(metric, "torchmetrics")
+
+
+class Stateful:
+    """Base of the metrics that keep their own state.
+
+    Args:
+        name: name of the metric, its key in the history.
+    """
+
+    # Whether weights and masks may be given.
+    weighs: ClassVar[bool] = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def update(self, y_true: Any, y_pred: Any, sample_weight: Any = None, mask: Any = None) -> None:
+        """Take in a batch."""
+        raise NotImplementedError
+
+    def compute(self) -> Result:
+        """The value of all batches since the last reset."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        raise NotImplementedError
 
 
 @final
-class TorchMetric:
+class TorchMetric(Stateful):
     """A metric of torchmetrics, called as it expects: `(preds, target)`.
 
     Args:
@@ -55,8 +83,8 @@ class TorchMetric:
             )
         if isinstance(metric, nn.ModuleDict):
             raise InputTypeError("Expected one metric, received a MetricCollection. Pass its metrics one by one.")
+        super().__init__(name or _snake(type(metric).__name__))
         self.metric = metric
-        self.name = name or _snake(type(metric).__name__)
         self._classifies = any(
             base.__module__.startswith("torchmetrics.classification") for base in type(metric).__mro__
         )
@@ -155,6 +183,79 @@ class TorchMetric:
 
     def __repr__(self) -> str:
         return f"TorchMetric({self.metric!r}, name={self.name!r})"
+
+
+def is_keras_metric(metric: Any) -> bool:
+    """Whether an object is a metric of Keras, without importing it."""
+    return not isinstance(metric, type) and comes_from(metric, "keras") and hasattr(metric, "update_state")
+
+
+@final
+class KerasMetric(Stateful):
+    """A metric of Keras on the torch backend: `update_state`, `result`, `reset_state`.
+
+    The value is Keras's own, with one difference: a mask counts as the sample weights 0 and 1 for every metric, where
+    Keras applies the mask of an output to means of a function only (so `AUC`, `Precision` and the like see all
+    entries there, and only the unmasked ones here).
+
+    Args:
+        metric: a `keras.metrics.Metric`. It is used and reset, not copied.
+        name: name of the metric; its own name if not given.
+
+    Raises:
+        InputTypeError: no metric of Keras.
+
+    Source: keras.metrics 3.15.
+    """
+
+    weighs = True
+
+    def __init__(self, metric: Any, name: str | None = None) -> None:
+        if not is_keras_metric(metric):
+            raise InputTypeError(f"Expected a metric object of Keras (update_state, result), received {metric!r}.")
+        super().__init__(name or str(metric.name))
+        self.metric = metric
+
+    @torch.no_grad()
+    def update(self, y_true: Any, y_pred: Any, sample_weight: Any = None, mask: Any = None) -> None:
+        """Take in a batch.
+
+        Args:
+            y_true: targets.
+            y_pred: predictions.
+            sample_weight: a scalar, or in the leading axes of the values of the metric.
+            mask: in the leading axes of the values of the metric.
+        """
+        pred = as_tensor(y_pred, f"{self.name}: y_pred")
+        true = as_tensor(y_true, f"{self.name}: y_true", device=pred.device)
+        weight, inside = (
+            None if value is None else as_tensor(value, f"{self.name}: {what}", device=pred.device)
+            for what, value in (("sample_weight", sample_weight), ("mask", mask))
+        )
+        self.metric.update_state(true, pred, sample_weight=masked_weight(weight, inside))
+
+    def compute(self) -> Result:
+        """The value of all batches since the last reset; of a vector, one value a class and their mean.
+
+        Raises:
+            InputTypeError: the metric computes something else than numbers in one row.
+        """
+        value = self.metric.result()
+        tensor = value.detach().double().cpu() if isinstance(value, Tensor) else torch.tensor(value).double()
+        if tensor.ndim > 1:
+            raise InputTypeError(
+                f"{self.name}: expected a scalar or one value a class from Keras, received shape {tuple(tensor.shape)}."
+            )
+        if tensor.ndim == 0:
+            return Result(float(tensor))
+        return Result(float(tensor.nanmean()), tuple(tensor.tolist()))
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.metric.reset_state()
+
+    def __repr__(self) -> str:
+        return f"KerasMetric({type(self.metric).__name__}, name={self.name!r})"
 
 
 def from_torchmetrics(metric: Any, name: str | None = None) -> TorchMetric:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lossledger.errors import EmptyDataError, InputError, UnknownNameError
-from lossledger.losses.aligned import Aligned
+from lossledger.losses.aligned import Aligned, detached
 from lossledger.losses.loss import By
 from lossledger.losses.parts import check_part
 from lossledger.objective import plan as planning
@@ -26,7 +26,7 @@ from lossledger.objective.auxiliary import auxiliary_tally, unpacked
 from lossledger.objective.breakdown import Backprop, Breakdown, Term, Whole
 from lossledger.objective.plan import Penalty, TermPlan
 from lossledger.tally import Tally
-from lossledger.weighting import ClassWeight, class_vector
+from lossledger.weighting import ClassWeight, carried_mask, class_vector
 
 if TYPE_CHECKING:
     from lossledger.window import Window
@@ -134,10 +134,10 @@ class Objective:
             True
         """
         # Rooms above this one are entered when somebody asks for a window.
-        forward = importlib.import_module("lossledger.forward").calling(net)
+        call = importlib.import_module("lossledger.integrations").forward_of(net).call
         with self.window(batches, net, by) as window:
             for batch in window:
-                window.backward(forward(batch.x))
+                window.backward(call(batch.x))
         return window.breakdown
 
     def window(
@@ -235,8 +235,8 @@ class Objective:
         self._check_auxiliary(auxiliary)
         self._check_auxiliary_weights(auxiliary)
         preds = self.split(outputs, "y_pred")
-        detached = {name: pred.detach() for name, pred in preds.items()}
-        batches = self._align(y_true, detached, sample_weight, mask, checked)
+        leaves = {name: detached(pred) for name, pred in preds.items()}
+        batches = self._align(y_true, leaves, sample_weight, mask, checked)
         tallies: dict[str, Tally] = {}
         gradients: dict[str, Tensor] = {}
         for plan, batch in zip(self.terms, batches, strict=True):
@@ -340,6 +340,8 @@ class Objective:
                     for value in (trues[key], weights.get(key), masks.get(key))
                 ]
                 like = preds[key][:1].detach().cpu().expand(stop - start, *shape[1:])
+                if carried_mask(preds[key]) is not None:  # What it will mask is not known: only shapes can be judged.
+                    parts[2] = torch.zeros(stop - start, dtype=torch.bool)
                 plan.loss.align(parts[0], like, parts[1], parts[2], plan.class_weight, plan.name)
 
     def _check_auxiliary(self, auxiliary: Mapping[str, Tensor]) -> None:
@@ -377,8 +379,8 @@ class Objective:
 
     # --- the plan ----------------------------------------------------------------------------------------------
 
-    def bound(self, model: nn.Module | None) -> tuple[Penalty, ...]:
-        """The regularizers with the trainable parameters of a model that their patterns name.
+    def bound(self, model: nn.Module | Mapping[str, nn.Parameter] | None) -> tuple[Penalty, ...]:
+        """The regularizers with the trainable parameters that their patterns name, of a model or by name.
 
         Raises:
             InputError: there are regularizers, and no model.
@@ -391,7 +393,7 @@ class Objective:
                 "The objective has regularizers but no model to read parameters from. "
                 "Pass it: objective(y_true, y_pred, model=net)."
             )
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        named = model if isinstance(model, Mapping) else {n: p for n, p in model.named_parameters() if p.requires_grad}
         found = []
         for plan in self.penalties:
             matched = tuple(p for name, p in named.items() if fnmatch.fnmatchcase(name, plan.pattern))

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lossledger.batch import Batch
 from lossledger.errors import CheckpointError, InputError
+from lossledger.forward import Forward
 from lossledger.ledger import Ledger, segments
-from lossledger.training import checkpoint, position, randomness, weights
+from lossledger.training import checkpoint, position, randomness
 from lossledger.training.average import Average
 from lossledger.training.callback import Callback, overrides
 from lossledger.training.callbacks import BackupAndRestore
@@ -54,7 +55,7 @@ class Changing:
     """All that training changes.
 
     Args:
-        net: the module.
+        forward: of the model, with its weights.
         optimizer: with the state of its parameters.
         average: of the weights.
         callbacks: those with a state among them.
@@ -66,7 +67,7 @@ class Changing:
         device: of the model.
     """
 
-    net: nn.Module
+    forward: Forward
     optimizer: torch.optim.Optimizer
     average: Average
     callbacks: Sequence[Callback]
@@ -147,7 +148,7 @@ class Backup:
             "callbacks": [callback.state_dict() for callback in stateful(all_.callbacks)],
             "average": all_.average.state_dict(),
             "optimizer": all_.optimizer.state_dict(),
-            "weights": weights.state(all_.net),
+            "weights": all_.forward.everything(),
             "segments": {kind: segments.segment_names(self._folder / kind) for kind in _LEDGERS},
         }
 
@@ -166,7 +167,7 @@ class Backup:
         # Before the optimizer: making a scheduler changes its rates.
         for callback, own in zip(stateful(all_.callbacks), state["callbacks"], strict=True):
             callback.load_state_dict(own)
-        weights.put(all_.net, state["weights"])
+        all_.forward.put_back(state["weights"])
         all_.optimizer.load_state_dict(state["optimizer"])
         all_.average.load_state_dict(state["average"])
         position.restore(all_.data, state["data"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossledger.batch import leaves, to_device
+from lossledger.batch import Batch, leaves, to_device
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, LossledgerError, UnknownNameError
 from lossledger.forward import run_forward
 from lossledger.objective import unpacked
-from lossledger.training.data import ArrayData, Data, is_arrays, make_data
+from lossledger.training.data import ArrayData, Data, IterableData, is_arrays, make_data, read_batch
 from lossledger.training.modes import evaluating
 from lossledger.training.step import StepPlan
 from lossledger.weighting import is_number
@@ -75,6 +77,23 @@ def about_validation() -> Iterator[None]:
         raise
 
 
+def first_batch(data: Data) -> tuple[Batch, Data]:
+    """The first batch (of an array, its first samples), and the data with it still in its place.
+
+    Raises:
+        EmptyDataError: there is none.
+    """
+    if isinstance(data, ArrayData):
+        return next(data.batches(2, None)), data
+    source = iter(data.source)
+    try:
+        first = next(source)
+    except StopIteration:
+        raise EmptyDataError("x: the iterable gave no batch; expected at least one.") from None
+    again = IterableData(itertools.chain([first], source), data.dtype) if source is data.source else data
+    return read_batch(first, data.dtype, 0), again
+
+
 def checked_at_once(data: Data, device: torch.device) -> bool:
     """Arrays were checked at once; batches of an iterable are checked as they come, where reading costs nothing."""
     return isinstance(data, ArrayData) or device.type != "cpu"
@@ -120,6 +139,20 @@ def check_output(output: Any, name: str, samples: int) -> None:
         raise InputError(
             f"The model returned shape {tuple(output.shape)} for {samples} samples{where}; expected the batch on the "
             "first axis."
+        )
+
+
+def warn_if_trainable_changed(plan: StepPlan, now: Mapping[str, Tensor]) -> None:
+    """The optimizer holds what was trainable when `compile` resolved it, as in Keras; a later change needs another."""
+    known = {id(p) for p in plan.parameters}
+    changed = [name for name, p in now.items() if id(p) not in known]
+    frozen = len(known) - (len(now) - len(changed))
+    if changed or frozen:
+        warnings.warn(
+            f"What is trainable has changed since compile: {frozen} parameters were frozen, {len(changed)} thawed"
+            f"{f' (such as {changed[0]!r})' if changed else ''}. Those thawed are not trained; call compile again.",
+            UserWarning,
+            stacklevel=3,
         )
 
 

@@ -7,6 +7,8 @@ a copy of weights and state for each step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -21,15 +23,22 @@ class Gate:
     """Guards the steps of one optimizer.
 
     Args:
-        net: whose buffers (running statistics) are guarded.
+        net: the module.
         optimizer: if it is one of torch's with a fused kernel and nobody chose otherwise, it is switched to it.
         parameters: the trainable parameters.
+        running: what the forward pass changes (running statistics), guarded too.
     """
 
-    def __init__(self, net: nn.Module, optimizer: Optimizer, parameters: tuple[nn.Parameter, ...]) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Optimizer,
+        parameters: tuple[nn.Parameter, ...],
+        running: Sequence[Tensor],
+    ) -> None:
         self._optimizer = optimizer
         self._parameters = parameters
-        self._buffers = [b for b in net.buffers() if b.is_floating_point()]
+        self._buffers = list(running)
         self._kept: list[Tensor] = []
         prefer_fused(net, optimizer)
         self._fused = all(group.get("fused") for group in optimizer.param_groups)

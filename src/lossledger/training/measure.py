@@ -18,6 +18,7 @@ from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
 from lossledger.objective import Objective, unpacked
 from lossledger.training import posting
+from lossledger.weighting import carried_mask, joined
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,9 +101,9 @@ class Measures:
         self._plans = plans
         self._sums: dict[str, Tensor] = {}
         self._step: dict[str, Tensor] = {}
-        self._updates: list[tuple[Any, Tensor, Tensor]] = []
+        self._updates: list[tuple[metrics.Stateful, tuple[Any, ...]]] = []
         for p in plans:
-            if isinstance(p.metric, metrics.TorchMetric):
+            if isinstance(p.metric, metrics.Stateful):
                 p.metric.reset()
 
     def collect(self, batch: Batch, y_pred: Any) -> None:
@@ -114,24 +115,26 @@ class Measures:
         with torch.no_grad():
             for p in self._plans:
                 key = p.output
-                if isinstance(p.metric, metrics.TorchMetric):
-                    self._updates.append((p.metric, trues[key], preds[key].detach()))
-                    continue
+                mask = joined(masks.get(key), carried_mask(preds[key]), p.name)
                 weight = weights.get(key) if p.weighted else None
-                _add(self._step, p.name, p.metric.statistics(trues[key], preds[key].detach(), weight, masks.get(key)))
+                if isinstance(p.metric, metrics.Stateful):
+                    extra = (weight, mask) if p.metric.weighs else ()
+                    self._updates.append((p.metric, (trues[key], preds[key].detach(), *extra)))
+                    continue
+                _add(self._step, p.name, p.metric.statistics(trues[key], preds[key].detach(), weight, mask))
 
     def add(self, bad: Tensor | None = None) -> None:
         """Add the step whose batches were collected. One that was left out, as `bad` says, is left out here too.
 
-        A torchmetrics object cannot be told on the device: for those `bad` is read.
+        A metric with a state of its own cannot be told on the device: for those `bad` is read.
         """
         if not self._plans:
             return
         for name, sums in self._step.items():
             _add(self._sums, name, sums if bad is None else torch.where(bad, torch.zeros_like(sums), sums))
         if self._updates and (bad is None or not bool(bad)):
-            for metric, y_true, y_pred in self._updates:
-                metric.update(y_true, y_pred)
+            for metric, batch in self._updates:
+                metric.update(*batch)
         self._step, self._updates = {}, []
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,7 +156,7 @@ class Measures:
         found: dict[str, metrics.Result] = {}
         start = 0
         for p in self._plans:
-            if isinstance(p.metric, metrics.TorchMetric):
+            if isinstance(p.metric, metrics.Stateful):
                 found[p.name] = p.metric.compute()
                 continue
             if p.name in self._sums:

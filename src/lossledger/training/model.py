@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lossledger.batch import Batch, to_device
-from lossledger.errors import InputError, InputTypeError
-from lossledger.forward import calling
+from lossledger.errors import InputError
+from lossledger.forward import Recipe
+from lossledger.integrations import compiled_arguments, forward_of
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
 from lossledger.objective import plan as planning
@@ -22,7 +23,7 @@ from lossledger.training.callbacks import as_callbacks
 from lossledger.training.data import Data, array_data, make_data
 from lossledger.training.fitting import Fitting, evaluated, post
 from lossledger.training.gate import Gate
-from lossledger.training.modes import training
+from lossledger.training.modes import evaluating, training
 from lossledger.training.progress import Show
 from lossledger.training.provenance import provenance, recipe
 from lossledger.training.step import StepPlan, train_step
@@ -47,27 +48,27 @@ class History:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Recipe:
-    """What `compile` was given, so that `fit` can add class weights to it."""
+class _Settings:
+    """What `compile` was given: resolved at once, or with the first batch where that makes the parameters."""
 
-    loss: Any
-    loss_weights: Any
-    regularizers: Any
-    class_names: Sequence[str] | None
-    output_names: Sequence[str] | None
-
-    def objective(self, class_weight: Any = None) -> Objective:
-        return Objective(
-            self.loss, self.loss_weights, self.regularizers, class_weight, self.output_names, self.class_names
-        )
+    recipe: Recipe
+    optimizer: Any
+    autocast: torch.dtype | None
+    clip_norm: float | None
+    on_nonfinite: str
 
 
 class Model:
     """A torch module with Keras's training methods, and a ledger of what each loss is made of.
 
     Args:
-        net: any `torch.nn.Module`; it stays where it is, and is the same object as before.
-        output_names: names of the outputs, when the module returns a list or tuple.
+        net: any `torch.nn.Module`, also a Keras 3 model on the torch backend; it stays where it is, and is the same
+            object as before.
+        output_names: names of the outputs, when the module returns a list or tuple; those of a Keras model are known.
+
+    Raises:
+        InputTypeError: no torch module, such as a Keras model on another backend.
+        InputError: a Keras model that was sharded.
 
     Example:
         >>> import lossledger as ll, torch
@@ -80,17 +81,13 @@ class Model:
     """
 
     def __init__(self, net: nn.Module, output_names: Sequence[str] | None = None) -> None:
-        if not isinstance(net, nn.Module):
-            raise InputTypeError(
-                f"Model: expected a torch.nn.Module, received {type(net).__name__}. "
-                + ("Make an instance of it first." if isinstance(net, type) else "")
-            )
+        self._forward = forward_of(net)
         self.net = net
         self.stop_training = False
         self.ledger: Ledger | None = None
         self._output_names = output_names
-        self._forward = calling(net)
-        self._recipe: _Recipe | None = None
+        self._settings: _Settings | None = None
+        self._recipe: Recipe | None = None
         self._plan: StepPlan | None = None
         self._metrics: tuple[measure.MetricPlan, ...] = ()
         self._on_nonfinite = "raise"
@@ -115,7 +112,8 @@ class Model:
         """Resolve everything once: objective, optimizer, metrics.
 
         Args:
-            optimizer: a name (Keras's defaults), a torch optimizer, or a function of the parameters.
+            optimizer: a name (Keras's defaults), a torch optimizer, or a function of the parameters; for a Keras model
+                also an optimizer of Keras.
             loss: one loss, a list or a dict by output; `None` skips an output.
             loss_weights: λ, a number, or by output (or auxiliary loss).
             metrics: names or metrics, or by output; sample weights do not apply to them.
@@ -139,25 +137,57 @@ class Model:
                 "example compile(loss='mse')."
             )
         boundary.check_compile(precision, clip_norm, ema, on_nonfinite)
+        self._forward.check(precision)
         names = planning.class_names(class_names)
-        self._recipe = _Recipe(loss, loss_weights, regularizers, names, self._output_names)
+        recipe = Recipe(loss, loss_weights, metrics, weighted_metrics, regularizers, names, self._output_names)
+        # Errors of the recipe are raised here, also where the rest waits for the first batch.
+        self._forward.understood(recipe).objective()
+        self._settings = _Settings(recipe, optimizer, boundary.PRECISIONS[precision], clip_norm, on_nonfinite)
+        self._plan = None
+        self._on_nonfinite = on_nonfinite
+        self._ema = ema
+        if self._forward.built:
+            self._resolve(self._settings)
+
+    def _resolve(self, settings: _Settings) -> StepPlan:
+        self._recipe = self._forward.understood(settings.recipe)
         objective = self._recipe.objective()
-        made = optimizers.make(optimizer, self.net)
-        trainable = tuple(p for p in self.net.parameters() if p.requires_grad)
+        made = optimizers.make(self._forward.optimizer(settings.optimizer), self.net)
+        self._forward.attach(made)
+        named = self._forward.named_parameters()
+        trainable = tuple(named.values())
+        gate = None
+        if settings.on_nonfinite != "record":
+            gate = Gate(self.net, made, trainable, self._forward.running())
+        self._metrics = measure.plan(objective, self._recipe.metrics, self._recipe.weighted_metrics)
         self._plan = StepPlan(
             self.net,
-            self._forward,
+            self._forward.call,
             objective,
             made,
             trainable,
-            objective.bound(self.net),
-            boundary.PRECISIONS[precision],
-            clip_norm,
-            None if on_nonfinite == "record" else Gate(self.net, made, trainable),
+            objective.bound(named),
+            settings.autocast,
+            settings.clip_norm,
+            gate,
         )
-        self._metrics = measure.plan(objective, metrics, weighted_metrics)
-        self._on_nonfinite = on_nonfinite
-        self._ema = ema
+        return self._plan
+
+    @classmethod
+    def from_compiled(cls, net: Any, targets: Any = None, **options: Any) -> Model:
+        """A Keras model with the loss, the weights, the metrics and the optimizer that its own `compile` was given.
+
+        Args:
+            net: a compiled Keras model on the torch backend.
+            targets: some targets, for the loss "crossentropy", which Keras chooses by their shape.
+            options: further or other arguments of `compile`, such as `class_names`.
+
+        Raises:
+            InputError: a model that was not compiled, or something of it that has no counterpart, by its name.
+        """
+        model = cls(net)
+        model.compile(**{**compiled_arguments(net, targets), **options})
+        return model
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -170,14 +200,33 @@ class Model:
         return self._compiled().objective
 
     def _compiled(self, class_weight: Any = None) -> StepPlan:
-        if self._plan is None or self._recipe is None:
+        settings = self._require_compiled()
+        if not self._forward.built:
+            raise InputError(
+                "The model has no parameters before it has seen a batch; expected a built one. fit, evaluate and "
+                "train_on_batch build it, and so does one call of it."
+            )
+        plan = self._plan or self._resolve(settings)
+        if class_weight is None or self._recipe is None:
+            return plan
+        return replace(plan, objective=self._recipe.objective(class_weight))
+
+    def _require_compiled(self) -> _Settings:
+        if self._settings is None:
             raise InputError(
                 "The model is not compiled: You must call `compile()` before using the model, as "
                 "model.compile(optimizer=…, loss=…)."
             )
-        if class_weight is None:
-            return self._plan
-        return replace(self._plan, objective=self._recipe.objective(class_weight))
+        return self._settings
+
+    def _built(self, data: Data) -> Data:
+        """The data, after its first batch has made the parameters of a model that has none yet."""
+        if self._forward.built:
+            return data
+        batch, data = boundary.first_batch(data)
+        with evaluating(self.net):
+            self._forward.build(to_device(batch, self._device()).x)
+        return data
 
     # --- fit ---------------------------------------------------------------------------------------------------
 
@@ -237,11 +286,13 @@ class Model:
             CheckpointError: a run that cannot be resumed: damaged, of another recipe, or on data that cannot go on.
         """
         boundary.check_fit(batch_size, epochs, accumulate, initial_epoch, validation_freq, run_dir, resume)
+        self._require_compiled()
+        data = self._built(make_data(x, y, sample_weight, mask, self._dtype()))
         plan = self._compiled(class_weight)
-        data = make_data(x, y, sample_weight, mask, self._dtype())
         data, held = boundary.validation(data, validation_split, validation_data, self._dtype())
         steps = boundary.steps_of(steps_per_epoch, data.steps(batch_size))
         self._check(plan, data, held)
+        boundary.warn_if_trainable_changed(plan, self._forward.named_parameters())
         calls = as_callbacks(callbacks)
         found = None if run_dir is None or not resume else backup.find(Path(run_dir))
         seed = boundary.seed_of(seed) if found is None or seed is not None else found.state["recipe"]["seed"]
@@ -267,7 +318,7 @@ class Model:
                 on_nonfinite=self._on_nonfinite,
             ),
             backup.Changing(
-                self.net,
+                self._forward,
                 plan.optimizer,
                 average,
                 calls,
@@ -321,6 +372,8 @@ class Model:
         self, fitting: Fitting, show: Show, params: dict[str, Any], average: Average
     ) -> tuple[dict[str, list[float]], list[int]]:
         self.stop_training = False
+        # A step of somebody else may have left gradients, as those of Keras do.
+        fitting.plan.optimizer.zero_grad(set_to_none=True)
         callbacks = fitting.options.callbacks
         for callback in callbacks:
             callback.set_model(self)
@@ -365,8 +418,9 @@ class Model:
         boundary.whole(batch_size, "batch_size")
         if steps is not None:
             boundary.whole(steps, "steps")
+        self._require_compiled()
+        data = self._built(make_data(x, y, sample_weight, mask, self._dtype()))
         plan = self._compiled()
-        data = make_data(x, y, sample_weight, mask, self._dtype())
         boundary.check_targets(plan, data, self._device())
         with Show(verbose) as show:
             result = evaluated(plan, self._metrics, data, batch_size, steps, show, self._device())
@@ -389,9 +443,9 @@ class Model:
         boundary.whole(batch_size, "batch_size")
         if steps is not None:
             boundary.whole(steps, "steps")
-        autocast = None if self._plan is None else self._plan.autocast
+        autocast = None if self._settings is None else self._settings.autocast
         return prediction.predict(
-            self.net, self._forward, x, batch_size, steps, autocast, self._device(), self._dtype()
+            self.net, self._forward.call, x, batch_size, steps, autocast, self._device(), self._dtype()
         )
 
     # --- single batches ----------------------------------------------------------------------------------------
@@ -406,8 +460,10 @@ class Model:
         return_dict: bool = False,
     ) -> Any:
         """One step on one batch; the numbers are of this batch, at the weights before the step."""
-        plan = self._compiled(class_weight)
+        self._require_compiled()
         batch = self._batch(x, y, sample_weight, mask)
+        plan = self._compiled(class_weight)
+        plan.optimizer.zero_grad(set_to_none=True)
         with training(self.net):
             current = self._single(plan.objective)
             done = train_step(plan, (batch,), None, checked=False, observe=current.observe)
@@ -421,8 +477,10 @@ class Model:
         self, x: Any, y: Any, sample_weight: Any = None, mask: Any = None, return_dict: bool = False
     ) -> Any:
         """The loss and the metrics of one batch."""
-        plan = self._compiled()
+        self._require_compiled()
         data = array_data(x, y, sample_weight, mask, self._dtype())
+        self._built(data)
+        plan = self._compiled()
         result = loop.evaluate_pass(plan, data, data.length, None, self._single(plan.objective), checked=False)
         return result.logs if return_dict else _as_keras(result.logs)
 
@@ -439,7 +497,7 @@ class Model:
         Args:
             path: path of the file; an existing file is replaced once the new one is complete.
         """
-        weights.save(self.net, path)
+        weights.save(self._forward, path)
 
     def load_weights(self, path: str | Path) -> None:
         """Read weights that `save_weights` wrote.
@@ -447,11 +505,11 @@ class Model:
         Raises:
             InputError: no such file, or weights of another model.
         """
-        weights.load(self.net, path)
+        weights.load(self._forward, path)
 
     def summary(self, print_fn: Any = None) -> None:
         """Print the modules with parameters, their shapes and sizes."""
-        (print if print_fn is None else print_fn)(summary_table(self.net))
+        (print if print_fn is None else print_fn)(self._forward.summary() or summary_table(self._forward))
 
     # --- inside ------------------------------------------------------------------------------------------------
 
@@ -464,6 +522,7 @@ class Model:
 
     def _batch(self, x: Any, y: Any, sample_weight: Any, mask: Any) -> Batch:
         data = array_data(x, y, sample_weight, mask, self._dtype())
+        self._built(data)
         return to_device(Batch(data.x, data.y, data.sample_weight, data.mask), self._device())
 
     def _single(self, objective: Objective) -> loop.Pass:

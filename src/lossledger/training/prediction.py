@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lossledger.batch import Batch, map_structure, rebuilt, to_device
 from lossledger.errors import EmptyDataError, InputTypeError
-from lossledger.forward import Forward, run_forward
+from lossledger.forward import Call, run_forward
 from lossledger.objective import unpacked
 from lossledger.training.data import array_data, check_kind, is_arrays
 from lossledger.training.modes import evaluating
@@ -20,7 +20,7 @@ from lossledger.training.modes import evaluating
 
 def predict(
     net: nn.Module,
-    forward: Forward,
+    forward: Call,
     x: Any,
     batch_size: int,
     steps: int | None,

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lossledger.batch import Batch
 from lossledger.errors import InputError
-from lossledger.forward import Forward, run_forward
+from lossledger.forward import Call, run_forward
 from lossledger.objective import Objective, Penalty
 from lossledger.tally import Tally
 from lossledger.training.gate import Gate, bad_elements, bad_gradient
@@ -37,7 +37,7 @@ class StepPlan:
     """
 
     net: nn.Module
-    forward: Forward
+    forward: Call
     objective: Objective
     optimizer: Optimizer
     parameters: tuple[nn.Parameter, ...]

@@ -37,7 +37,7 @@ from lossledger.objective import (
     with_added,
 )
 from lossledger.tally import Tally
-from lossledger.weighting import both
+from lossledger.weighting import both, carried_mask
 from lossledger.window.state import Gradients, Replay
 
 ALONE = OneProcess()
@@ -167,6 +167,7 @@ class Window:
         batch = self._batches[self._position]
         if self._added:
             outputs = with_added(outputs, self._added)
+        mask = self._joined(mask, self._carried(outputs))
         batch = replace(batch, mask=self._joined(batch.mask, mask))
         if self._position == 0 and not self.replaying and self._shared:
             self._decide(batch, outputs, mask is not None)
@@ -248,6 +249,12 @@ class Window:
                     f"whose targets have the same shape; received {tuple(now)} in micro-batch {self._position}. "
                     "Pad the outputs of a window to one shape, or give a mask with window.backward(outputs, mask=…)."
                 )
+
+    def _carried(self, outputs: Any) -> Any:
+        """The masks that layers left on the outputs, as `mask` takes them."""
+        preds = self._objective.split(unpacked(outputs)[0], "y_pred")
+        found = {name: mask for name, pred in preds.items() if (mask := carried_mask(pred)) is not None}
+        return found.get("") if self._objective.structure == "one" else found or None
 
     def _joined(self, mask: Any, other: Any) -> Any:
         """The mask of the data and the mask of the model, by output."""
