@@ -19,7 +19,7 @@ def output_of(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, pat
 
 
 def numbers(text: str, pattern: str) -> list[float]:
-    return [float(found) for found in re.findall(pattern, text)]
+    return [float(found) for found in re.findall(pattern, text, re.MULTILINE)]
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def run(capsys, tmp_path, monkeypatch):
 
 
 def test_examples_are_those_tested_here() -> None:
-    names = {"regression.py", "two_outputs.py", "batch_size_one.py", "masked_sequence.py"}
+    names = {"regression.py", "two_outputs.py", "batch_size_one.py", "masked_sequence.py", "keras_unet.py"}
     assert {path.name for path in EXAMPLES} == names
 
 
@@ -84,3 +84,17 @@ def test_masked_loss_is_the_same_for_every_batch_size(run) -> None:
     assert numbers(text, r"batch size (\d+):") == [1, 2, 5, 7]
     assert max(losses) - min(losses) < 2e-6
     assert max(naive) - min(naive) > 0.01
+
+
+def test_the_keras_unet_adds_up_and_learns(run, monkeypatch) -> None:
+    """In a small size: 24 scenes, 3 epochs."""
+    monkeypatch.setenv("SCENES", "24")
+    monkeypatch.setenv("EPOCHS", "3")
+    text = run("keras_unet.py")
+    first, last = numbers(text.splitlines()[0], r"([\d.]+)")
+    assert last < first
+    parts = numbers(text, r"^(?:binary|l2).* ([\d.]+)$")
+    (whole,), (printed,) = numbers(text, r"sum of the parts ([\d.]+)"), numbers(text, r"validation loss +([\d.]+)")
+    assert len(parts) == 11
+    assert sum(parts) == pytest.approx(whole, abs=1e-4)
+    assert whole == pytest.approx(printed, abs=2e-5)
