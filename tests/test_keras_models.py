@@ -1201,3 +1201,37 @@ model.evaluate(torch.zeros(4, 2), torch.zeros(4, 1), verbose=0)
 print("keras" in sys.modules)
 """
     assert python(code).strip() == "False"
+
+
+class Cut(ll.callbacks.Callback):
+    """Raises in the middle of the second epoch."""
+
+    def on_train_batch_end(self, batch, logs):
+        if batch == 1 and len(self.model.ledger.rows) > 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("optimizer", ["adam", lambda: keras.optimizers.RMSprop(0.01)], ids=["name", "object"])
+def test_a_run_goes_on_in_another_instance(tmp_path, optimizer):
+    """Layers have other names there, and seeds, statistics and slots of the optimizer are those of the first."""
+
+    def make():
+        keras.utils.set_random_seed(1)
+        inner = [layers.Dense(5), layers.BatchNormalization(), layers.Dropout(0.4, seed=3), layers.Dense(1)]
+        made = optimizer if isinstance(optimizer, str) else optimizer()
+        return compiled(keras.Sequential([keras.Input((4,)), *inner]), optimizer=made)
+
+    x, y = data()
+    options = {"shuffle": True, "seed": 0, "epochs": 3}
+    whole = make()
+    expected = fit(whole, x, y, run_dir=tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        often = [Cut(), ll.callbacks.BackupAndRestore(1)]
+        fit(make(), x, y, run_dir=tmp_path / "cut", callbacks=often, **options)
+    again = make()
+    found = fit(
+        again, x, y, run_dir=tmp_path / "cut", resume=True, callbacks=[ll.callbacks.BackupAndRestore(1)], **options
+    )
+    assert found.history == expected.history
+    for mine, theirs in zip(again.net.get_weights(), whole.net.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)

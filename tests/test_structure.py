@@ -19,6 +19,7 @@ ROOMS = [
     "errors",
     "frameworks",
     "tally",
+    "values",
     "weighting",
     "batch",
     "reduction",

@@ -10,18 +10,8 @@ from hypothesis import strategies as st
 
 import lossledger as ll
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
-from lossledger.weighting import (
-    align,
-    argmax_weights,
-    as_mask,
-    as_tensor,
-    check_labels,
-    check_probabilities,
-    check_targets,
-    class_vector,
-    expand,
-    weighting,
-)
+from lossledger.values import check_labels, check_probabilities, check_targets
+from lossledger.weighting import align, argmax_weights, as_mask, as_tensor, class_vector, expand, weighting
 
 sides = st.integers(1, 4)
 

@@ -12,17 +12,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from numbers import Real
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, UnknownNameError
-
-# The values behind `torch.func.vmap`. Before torch 2.7 nothing public shows them, and vmap refuses to check values.
-unwrapped: Any = getattr(torch.func, "debug_unwrap", lambda tensor: tensor)
+from lossledger.values import any_of, is_number, shape_of
 
 # Torch stores these, and can neither compare nor index them; the wider type holds all of their values.
 _WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
@@ -51,26 +48,6 @@ def as_tensor(value: Any, what: str, *, device: torch.device | None = None) -> T
             f"{what}: expected a tensor, a NumPy array or numbers, received {type(value).__name__} ({error}). "
             "Convert it to one rectangular array of numbers."
         ) from None
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether the value is a real number, of Python or of NumPy; a bool is none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def not_finite(values: Tensor) -> Tensor:
-    """Where values are NaN or infinite: `x − x` is 0 for every other number, in half the passes of `isfinite`."""
-    return (values - values).ne(0)
-
-
-def any_of(bad: Tensor) -> bool:
-    """Whether any is set, on the host; under `torch.func.vmap`, in any of the problems."""
-    return bool(unwrapped(bad).any())
-
-
-def shape_of(tensor: Tensor) -> str:
-    """The shape as people write it: `(16, 1)`."""
-    return str(tuple(tensor.shape))
 
 
 def align(y_true: Tensor, y_pred: Tensor, where: str = "loss") -> tuple[Tensor, Tensor]:
@@ -418,69 +395,6 @@ def _class_index(key: Any, classes: int, names: Sequence[str] | None, where: str
         return int(key)
     known = list(names) if names is not None and isinstance(key, str) else list(range(classes))
     raise UnknownNameError(f"class in class_weight of {where}", key, known)
-
-
-def check_labels(labels: Tensor, classes: int, where: str, ignore: int | None = None) -> None:
-    """Integer labels are in `[0, classes)`; read on the host, so call it at the data boundary.
-
-    Raises:
-        InputTypeError: labels that are not integers.
-        InputError: a label out of range, with its value and how many there are.
-    """
-    labels = unwrapped(labels)
-    if labels.dtype in (torch.bool, torch.complex64, torch.complex128):
-        raise InputTypeError(f"{where}: expected integer class labels, received dtype {labels.dtype}.")
-    bad = (labels < 0) | (labels >= classes) | (labels != labels.round() if labels.is_floating_point() else False)
-    if ignore is not None:
-        bad &= labels != ignore
-    if bool(bad.any()):
-        position = tuple(bad.nonzero()[0].tolist())
-        raise InputError(
-            f"{where}: labels must be integers from 0 to {classes - 1}; received {labels[position].item():g} at "
-            f"position {position} ({int(bad.sum())} such in all). Map the labels to 0…{classes - 1}, widen the output, "
-            "or name the label to leave out with ignore_class."
-        )
-
-
-# Rounding may carry a probability a little past 1; more than this is no rounding.
-PROBABILITY_SLACK = 1e-6
-
-
-def outside_probabilities(y_pred: Tensor) -> Tensor:
-    """Where a prediction is no probability; NaN is not counted here, it is non-finite."""
-    return (y_pred < -PROBABILITY_SLACK) | (y_pred > 1 + PROBABILITY_SLACK)
-
-
-def check_probabilities(y_pred: Tensor, where: str) -> None:
-    """Probabilities are in [0, 1]; reads values, so it is not for the step of a training loop.
-
-    Raises:
-        InputError: a value outside, with the remedy `from_logits`.
-    """
-    y_pred = unwrapped(y_pred.detach())
-    bad = outside_probabilities(y_pred)
-    if bool(bad.any()):
-        raise InputError(
-            f"{where}: with from_logits=False predictions must be probabilities in [0, 1]; received "
-            f"{float(y_pred[bad][0]):g} ({int(bad.sum())} outside in all). If the model has no sigmoid or softmax at "
-            "its end, use from_logits=True."
-        )
-
-
-def check_targets(y_true: Tensor, where: str, upper: float = 1.0) -> None:
-    """Targets of a cross-entropy are in [0, upper]; reads values.
-
-    Raises:
-        InputError: a target outside, with its value.
-    """
-    y_true = unwrapped(y_true.detach())
-    bad = ~((y_true >= 0) & (y_true <= upper))
-    if bool(bad.any()):
-        raise InputError(
-            f"{where}: targets must be in [0, {upper:g}]; received {float(y_true[bad][0]):g} "
-            f"({int(bad.sum())} outside in all). Use 0 and 1 (or probabilities); for class indices use "
-            "SparseCategoricalCrossentropy."
-        )
 
 
 def argmax_weights(weights: Sequence[float] | Tensor, y_true: Any) -> Tensor:

@@ -19,19 +19,8 @@ from lossledger.losses.aligned import Aligned, Late, and_mask
 from lossledger.losses.elementwise import ElementLoss
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
-from lossledger.weighting import (
-    ClassWeight,
-    Weighting,
-    check_class_weight,
-    check_labels,
-    check_probabilities,
-    check_targets,
-    class_vector,
-    outside_probabilities,
-    selected,
-    shape_of,
-    split_shape,
-)
+from lossledger.values import check_labels, check_probabilities, check_targets, outside_probabilities, shape_of
+from lossledger.weighting import ClassWeight, Weighting, check_class_weight, class_vector, selected, split_shape
 
 EPSILON = 1e-7
 

@@ -12,7 +12,8 @@ from lossledger.errors import InputError
 from lossledger.losses.coupled import BatchCoupled, check_temperature, log_sum_exp
 from lossledger.losses.regression import direction
 from lossledger.reduction import Reduction
-from lossledger.weighting import shape_of, split_shape
+from lossledger.values import shape_of
+from lossledger.weighting import split_shape
 
 
 class _TwoViews(BatchCoupled):

@@ -13,7 +13,7 @@ from lossledger.losses.classification import (
     SparseCategoricalCrossentropy,
 )
 from lossledger.reduction import Reduction
-from lossledger.weighting import outside_probabilities
+from lossledger.values import outside_probabilities
 
 
 class KLDivergence(CategoricalCrossentropy):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lossledger.errors import InputError, InputTypeError
-from lossledger.weighting import is_number
+from lossledger.values import is_number
 
 if TYPE_CHECKING:
     from lossledger.losses.loss import Loss

@@ -16,7 +16,8 @@ from lossledger.losses.classification import column_weight
 from lossledger.losses.elementwise import ElementLoss
 from lossledger.losses.prediction import Space
 from lossledger.reduction import Reduction
-from lossledger.weighting import ClassWeight, check_targets, class_vector, unwrapped
+from lossledger.values import check_targets, unwrapped
+from lossledger.weighting import ClassWeight, class_vector
 
 
 class _Margin(ElementLoss):

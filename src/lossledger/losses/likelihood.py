@@ -12,7 +12,8 @@ from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
 from lossledger.losses.regression import ErrorLoss
 from lossledger.reduction import Reduction
-from lossledger.weighting import Weighting, shape_of, split_shape
+from lossledger.values import shape_of
+from lossledger.weighting import Weighting, split_shape
 
 
 class GaussianNegativeLogLikelihood(ErrorLoss):

@@ -26,7 +26,8 @@ from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Tally
-from lossledger.weighting import ClassWeight, Weighting, align, as_tensor, class_vector, not_finite, weighting
+from lossledger.values import not_finite
+from lossledger.weighting import ClassWeight, Weighting, align, as_tensor, class_vector, weighting
 
 By = str | Tensor | None
 """How a tally divides: `None`, `"class"`, `"label"`, `"sample"`, `"column"`, or integer group ids."""

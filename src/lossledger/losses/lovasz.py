@@ -23,15 +23,8 @@ from lossledger.losses.loss import By
 from lossledger.losses.prediction import Space
 from lossledger.reduction import Reduction
 from lossledger.tally import Tally, divide
-from lossledger.weighting import (
-    ClassWeight,
-    Weighting,
-    check_probabilities,
-    check_targets,
-    class_vector,
-    outside_probabilities,
-    selected,
-)
+from lossledger.values import check_probabilities, check_targets, outside_probabilities
+from lossledger.weighting import ClassWeight, Weighting, class_vector, selected
 
 
 def lovasz_sum(errors: Tensor, truth: Tensor, valid: Tensor | None) -> Tensor:

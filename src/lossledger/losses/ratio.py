@@ -30,16 +30,8 @@ from lossledger.losses.loss import By, reciprocal
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Link, Tally, divide
-from lossledger.weighting import (
-    ClassWeight,
-    Weighting,
-    check_probabilities,
-    check_targets,
-    class_vector,
-    is_number,
-    not_finite,
-    selected,
-)
+from lossledger.values import check_probabilities, check_targets, is_number, not_finite
+from lossledger.weighting import ClassWeight, Weighting, class_vector, selected
 
 EPSILON = 1e-7
 GROUPINGS = ("all", "sample", "class", "sample_class")

@@ -146,7 +146,7 @@ def get(identifier: Any) -> Loss | Expression:
         return deserialize(identifier)
     refuse_tensorflow(identifier, "loss")
     if is_keras(identifier):
-        return from_keras(identifier, NAMES)
+        return from_keras(identifier, CLASSES)
     if callable(identifier):
         return from_callable(identifier)
     raise InputTypeError(

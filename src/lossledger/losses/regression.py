@@ -17,7 +17,8 @@ from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
 from lossledger.losses.elementwise import ElementLoss
 from lossledger.reduction import Reduction
-from lossledger.weighting import ClassWeight, is_number, shape_of, split_shape
+from lossledger.values import is_number, shape_of
+from lossledger.weighting import ClassWeight, split_shape
 
 EPSILON = 1e-7
 

@@ -12,7 +12,8 @@ from lossledger.losses.elementwise import ElementLoss
 from lossledger.losses.prediction import Space
 from lossledger.losses.regression import refuse_class_weight
 from lossledger.reduction import Reduction
-from lossledger.weighting import ClassWeight, Weighting, any_of, check_labels, shape_of, split_shape, unwrapped
+from lossledger.values import any_of, check_labels, shape_of, unwrapped
+from lossledger.weighting import ClassWeight, Weighting, split_shape
 
 
 class CTC(ElementLoss):

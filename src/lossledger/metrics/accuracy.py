@@ -12,7 +12,7 @@ from lossledger import losses
 from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
 from lossledger.metrics.metric import LayoutMetric, Result, Statistics, mean, mean_sums
-from lossledger.weighting import shape_of
+from lossledger.values import shape_of
 
 
 def cut(threshold: float, from_logits: bool, where: str) -> float:

@@ -13,7 +13,8 @@ from lossledger import losses
 from lossledger.errors import InputError, InputTypeError
 from lossledger.losses.aligned import Aligned
 from lossledger.metrics.metric import LayoutMetric, Result, Statistics, mean, mean_sums, with_weight
-from lossledger.weighting import as_tensor, shape_of, weighting
+from lossledger.values import shape_of
+from lossledger.weighting import as_tensor, weighting
 
 
 class _ErrorMetric(LayoutMetric):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lossledger.errors import InputError
 from lossledger.tally import Tally
-from lossledger.weighting import not_finite
+from lossledger.values import not_finite
 
 
 @dataclass(frozen=True, slots=True)

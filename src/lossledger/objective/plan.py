@@ -15,7 +15,8 @@ from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
 from lossledger.regularizers import Regularizer
 from lossledger.tally import Tally
-from lossledger.weighting import ClassWeight, check_class_weight, is_number, not_finite
+from lossledger.values import is_number, not_finite
+from lossledger.weighting import ClassWeight, check_class_weight
 
 
 @dataclass(frozen=True, slots=True)

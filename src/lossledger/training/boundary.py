@@ -20,7 +20,7 @@ from lossledger.objective import unpacked
 from lossledger.training.data import ArrayData, Data, IterableData, is_arrays, make_data, read_batch
 from lossledger.training.modes import evaluating
 from lossledger.training.step import StepPlan
-from lossledger.weighting import is_number
+from lossledger.values import is_number
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 POLICIES = ("raise", "skip", "record")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lossledger.tally import Tally
-from lossledger.weighting import not_finite
+from lossledger.values import not_finite
 
 _HAVE_FUSED_KERNELS = (SGD, Adam, AdamW)
 

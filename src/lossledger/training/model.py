@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from lossledger.integrations import compiled_arguments, forward_of
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
 from lossledger.objective import plan as planning
-from lossledger.training import backup, boundary, loop, measure, optimizers, prediction, weights
+from lossledger.training import backup, boundary, loop, prediction, weights
 from lossledger.training.average import Average
 from lossledger.training.callbacks import as_callbacks
+from lossledger.training.compiled import Compiled, Settings, built, resolved
 from lossledger.training.data import Data, array_data, make_data
 from lossledger.training.fitting import Fitting, evaluated, post
-from lossledger.training.gate import Gate
-from lossledger.training.modes import evaluating, training
+from lossledger.training.modes import training
 from lossledger.training.progress import Show
 from lossledger.training.provenance import provenance, recipe
 from lossledger.training.step import StepPlan, train_step
@@ -45,17 +45,6 @@ class History:
     epoch: list[int]
     ledger: Ledger
     params: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Settings:
-    """What `compile` was given: resolved at once, or with the first batch where that makes the parameters."""
-
-    recipe: Recipe
-    optimizer: Any
-    autocast: torch.dtype | None
-    clip_norm: float | None
-    on_nonfinite: str
 
 
 class Model:
@@ -86,12 +75,8 @@ class Model:
         self.stop_training = False
         self.ledger: Ledger | None = None
         self._output_names = output_names
-        self._settings: _Settings | None = None
-        self._recipe: Recipe | None = None
-        self._plan: StepPlan | None = None
-        self._metrics: tuple[measure.MetricPlan, ...] = ()
-        self._on_nonfinite = "raise"
-        self._ema: float | None = None
+        self._settings: Settings | None = None
+        self._resolved: Compiled | None = None
 
     # --- compile -----------------------------------------------------------------------------------------------
 
@@ -142,36 +127,9 @@ class Model:
         recipe = Recipe(loss, loss_weights, metrics, weighted_metrics, regularizers, names, self._output_names)
         # Errors of the recipe are raised here, also where the rest waits for the first batch.
         self._forward.understood(recipe).objective()
-        self._settings = _Settings(recipe, optimizer, boundary.PRECISIONS[precision], clip_norm, on_nonfinite)
-        self._plan = None
-        self._on_nonfinite = on_nonfinite
-        self._ema = ema
-        if self._forward.built:
-            self._resolve(self._settings)
-
-    def _resolve(self, settings: _Settings) -> StepPlan:
-        self._recipe = self._forward.understood(settings.recipe)
-        objective = self._recipe.objective()
-        made = optimizers.make(self._forward.optimizer(settings.optimizer), self.net)
-        self._forward.attach(made)
-        named = self._forward.named_parameters()
-        trainable = tuple(named.values())
-        gate = None
-        if settings.on_nonfinite != "record":
-            gate = Gate(self.net, made, trainable, self._forward.running())
-        self._metrics = measure.plan(objective, self._recipe.metrics, self._recipe.weighted_metrics)
-        self._plan = StepPlan(
-            self.net,
-            self._forward.call,
-            objective,
-            made,
-            trainable,
-            objective.bound(named),
-            settings.autocast,
-            settings.clip_norm,
-            gate,
-        )
-        return self._plan
+        autocast = boundary.PRECISIONS[precision]
+        self._settings = Settings(recipe, optimizer, autocast, clip_norm, ema, on_nonfinite)
+        self._resolved = resolved(self._forward, self._settings) if self._forward.built else None
 
     @classmethod
     def from_compiled(cls, net: Any, targets: Any = None, **options: Any) -> Model:
@@ -192,26 +150,20 @@ class Model:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that `compile` resolved."""
-        return self._compiled().optimizer
+        return self._compiled().plan.optimizer
 
     @property
     def objective(self) -> Objective:
         """The objective that `compile` resolved."""
-        return self._compiled().objective
+        return self._compiled().plan.objective
 
-    def _compiled(self, class_weight: Any = None) -> StepPlan:
+    def _compiled(self) -> Compiled:
         settings = self._require_compiled()
-        if not self._forward.built:
-            raise InputError(
-                "The model has no parameters before it has seen a batch; expected a built one. fit, evaluate and "
-                "train_on_batch build it, and so does one call of it."
-            )
-        plan = self._plan or self._resolve(settings)
-        if class_weight is None or self._recipe is None:
-            return plan
-        return replace(plan, objective=self._recipe.objective(class_weight))
+        if self._resolved is None:
+            self._resolved = resolved(self._forward, settings)
+        return self._resolved
 
-    def _require_compiled(self) -> _Settings:
+    def _require_compiled(self) -> Settings:
         if self._settings is None:
             raise InputError(
                 "The model is not compiled: You must call `compile()` before using the model, as "
@@ -220,13 +172,7 @@ class Model:
         return self._settings
 
     def _built(self, data: Data) -> Data:
-        """The data, after its first batch has made the parameters of a model that has none yet."""
-        if self._forward.built:
-            return data
-        batch, data = boundary.first_batch(data)
-        with evaluating(self.net):
-            self._forward.build(to_device(batch, self._device()).x)
-        return data
+        return built(self._forward, data, self._device())
 
     # --- fit ---------------------------------------------------------------------------------------------------
 
@@ -286,9 +232,10 @@ class Model:
             CheckpointError: a run that cannot be resumed: damaged, of another recipe, or on data that cannot go on.
         """
         boundary.check_fit(batch_size, epochs, accumulate, initial_epoch, validation_freq, run_dir, resume)
-        self._require_compiled()
+        settings = self._require_compiled()
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype()))
-        plan = self._compiled(class_weight)
+        compiled = self._compiled()
+        plan = compiled.weighted(class_weight)
         data, held = boundary.validation(data, validation_split, validation_data, self._dtype())
         steps = boundary.steps_of(steps_per_epoch, data.steps(batch_size))
         self._check(plan, data, held)
@@ -298,7 +245,7 @@ class Model:
         seed = boundary.seed_of(seed) if found is None or seed is not None else found.state["recipe"]["seed"]
         params = {"epochs": epochs, "steps": boundary.updates_of(steps, accumulate), "seed": seed}
         made = provenance(plan, seed, batch_size, accumulate)
-        average = Average(plan.parameters, self._ema)
+        average = Average(plan.parameters, settings.ema)
         progress = backup.Progress()
         saving, ledger = backup.open_run(
             run_dir,
@@ -306,16 +253,17 @@ class Model:
             recipe(
                 made,
                 plan,
+                self._forward.state(),
                 data,
                 held,
-                metrics=[p.name for p in self._metrics],
+                metrics=[p.name for p in compiled.metrics],
                 callbacks=[type(callback).__name__ for callback in backup.stateful(calls)],
                 shuffle=bool(shuffle),
                 steps_per_epoch=steps_per_epoch,
                 initial_epoch=initial_epoch,
                 validation_freq=validation_freq,
-                ema=self._ema,
-                on_nonfinite=self._on_nonfinite,
+                ema=settings.ema,
+                on_nonfinite=settings.on_nonfinite,
             ),
             backup.Changing(
                 self._forward,
@@ -333,8 +281,8 @@ class Model:
         self.ledger = Ledger("run" if run_dir is None else Path(run_dir).name, made) if ledger is None else ledger
         fitting = Fitting(
             plan=plan,
-            frozen_plan=self._compiled(),
-            metrics=self._metrics,
+            frozen_plan=compiled.plan,
+            metrics=compiled.metrics,
             data=data,
             validation=held,
             validation_freq=validation_freq,
@@ -343,10 +291,10 @@ class Model:
                 accumulate=accumulate,
                 steps=None if steps_per_epoch is None else steps,
                 by="class",
-                on_nonfinite=self._on_nonfinite,
+                on_nonfinite=settings.on_nonfinite,
                 checked=boundary.checked_at_once(data, self._device()),
                 callbacks=calls,
-                after_step=average.update if self._ema is not None else None,
+                after_step=average.update if settings.ema is not None else None,
                 backup=saving,
             ),
             device=self._device(),
@@ -366,7 +314,7 @@ class Model:
         if held is not None:
             # Class weights do not apply to validation, so its targets may hold other classes.
             with boundary.about_validation():
-                boundary.check_targets(self._compiled(), held, self._device())
+                boundary.check_targets(self._compiled().plan, held, self._device())
 
     def _run(
         self, fitting: Fitting, show: Show, params: dict[str, Any], average: Average
@@ -420,10 +368,10 @@ class Model:
             boundary.whole(steps, "steps")
         self._require_compiled()
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype()))
-        plan = self._compiled()
+        plan = self._compiled().plan
         boundary.check_targets(plan, data, self._device())
         with Show(verbose) as show:
-            result = evaluated(plan, self._metrics, data, batch_size, steps, show, self._device())
+            result = evaluated(plan, self._compiled().metrics, data, batch_size, steps, show, self._device())
             show.end("evaluate", result.steps, result.seconds, result.logs)
         self.ledger = Ledger("evaluate", provenance(plan, None, batch_size))
         post(self.ledger, plan.objective, result, "test", 0)
@@ -460,15 +408,15 @@ class Model:
         return_dict: bool = False,
     ) -> Any:
         """One step on one batch; the numbers are of this batch, at the weights before the step."""
-        self._require_compiled()
+        settings = self._require_compiled()
         batch = self._batch(x, y, sample_weight, mask)
-        plan = self._compiled(class_weight)
+        plan = self._compiled().weighted(class_weight)
         plan.optimizer.zero_grad(set_to_none=True)
         with training(self.net):
             current = self._single(plan.objective)
             done = train_step(plan, (batch,), None, checked=False, observe=current.observe)
         current.add(done.tallies, done)
-        if self._on_nonfinite == "raise":
+        if settings.on_nonfinite == "raise":
             loop.stop_if_bad(plan, current, [(1, (batch,), done)])
         result = current.result()
         return result.logs if return_dict else _as_keras(result.logs)
@@ -480,7 +428,7 @@ class Model:
         self._require_compiled()
         data = array_data(x, y, sample_weight, mask, self._dtype())
         self._built(data)
-        plan = self._compiled()
+        plan = self._compiled().plan
         result = loop.evaluate_pass(plan, data, data.length, None, self._single(plan.objective), checked=False)
         return result.logs if return_dict else _as_keras(result.logs)
 
@@ -526,7 +474,7 @@ class Model:
         return to_device(Batch(data.x, data.y, data.sample_weight, data.mask), self._device())
 
     def _single(self, objective: Objective) -> loop.Pass:
-        return loop.Pass(objective, self._metrics, self._device(), Show(0))
+        return loop.Pass(objective, self._compiled().metrics, self._device(), Show(0))
 
 
 def _as_keras(logs: dict[str, float]) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import lossledger
 from lossledger.batch import leaves
@@ -40,21 +41,27 @@ def provenance(plan: StepPlan, seed: int | None, batch_size: int, accumulate: in
 
 
 def recipe(
-    made: Mapping[str, Any], plan: StepPlan, data: Data, validation: Data | None, **settings: Any
+    made: Mapping[str, Any],
+    plan: StepPlan,
+    state: Mapping[str, Tensor],
+    data: Data,
+    validation: Data | None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed, as values that JSON gives back equal.
 
     Args:
         made: the provenance. Versions may change, and learning rates come with the optimizer's state.
         plan: of a step.
+        state: weights and buffers, by names that another instance has too.
         data: to train on.
         validation: to validate on.
         settings: more of the same, by name.
     """
     kept = {name: value for name, value in made.items() if name not in ("learning_rate", "versions", "parameters")}
-    weights = {name: f"{p.dtype} {tuple(p.shape)}" for name, p in plan.net.named_parameters()}
+    shapes = {name: f"{value.dtype} {tuple(value.shape)}" for name, value in state.items()}
     step = {"precision": str(plan.autocast or "float32"), "clip_norm": plan.clip_norm}
-    whole = {**kept, **step, "weights": weights, "data": _described(data), "validation data": _described(validation)}
+    whole = {**kept, **step, "weights": shapes, "data": _described(data), "validation data": _described(validation)}
     # Functions are known by their names: their addresses differ from process to process.
     text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps({**whole, **settings}, default=str))
     found: dict[str, Any] = json.loads(text)

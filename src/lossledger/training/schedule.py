@@ -11,7 +11,7 @@ import torch
 
 from lossledger.errors import InputError, InputTypeError
 from lossledger.training.callback import Callback, Logs, monitored
-from lossledger.weighting import is_number
+from lossledger.values import is_number
 
 
 class LearningRateScheduler(Callback):

@@ -16,7 +16,7 @@ from lossledger.forward import Call, run_forward
 from lossledger.objective import Objective, Penalty
 from lossledger.tally import Tally
 from lossledger.training.gate import Gate, bad_elements, bad_gradient
-from lossledger.weighting import not_finite
+from lossledger.values import not_finite
 from lossledger.window import NO_GRADIENT, Window, propagate, running
 
 

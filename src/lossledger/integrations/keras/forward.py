@@ -172,6 +172,14 @@ class KerasForward(Forward):
             for name, value in own.items():
                 value.copy_(state[name])
 
+    def everything(self) -> dict[str, Tensor]:
+        """The state: it leaves nothing out that a forward changes."""
+        return self.state()
+
+    def put_back(self, everything: Mapping[str, Tensor]) -> None:
+        """Put back what `everything` told."""
+        self.load(everything)
+
     def _require_built(self) -> None:
         if not self.built:
             raise InputError(

@@ -1,0 +1,103 @@
+"""What `compile` was given, and what it became: resolved at once, or with the first batch that makes the parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lossledger.batch import to_device
+from lossledger.errors import InputError
+from lossledger.forward import Forward, Recipe
+from lossledger.training import boundary, measure, optimizers
+from lossledger.training.data import Data
+from lossledger.training.gate import Gate
+from lossledger.training.modes import evaluating
+from lossledger.training.step import StepPlan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Settings:
+    """What `compile` was given.
+
+    Args:
+        recipe: losses, weights, metrics, regularizers, names.
+        optimizer: a name, an optimizer or a function of the parameters.
+        autocast: dtype of the forward pass, or `None`.
+        clip_norm: largest norm of the gradient, or `None`.
+        ema: decay of averaged weights, or `None`.
+        on_nonfinite: "raise", "skip" or "record".
+    """
+
+    recipe: Recipe
+    optimizer: Any
+    autocast: torch.dtype | None
+    clip_norm: float | None
+    ema: float | None
+    on_nonfinite: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compiled:
+    """What the settings became for a model with parameters.
+
+    Args:
+        recipe: in the words of the library.
+        plan: of a step.
+        metrics: of every pass.
+    """
+
+    recipe: Recipe
+    plan: StepPlan
+    metrics: tuple[measure.MetricPlan, ...]
+
+    def weighted(self, class_weight: Any) -> StepPlan:
+        """The plan with class weights, if there are any."""
+        if class_weight is None:
+            return self.plan
+        return replace(self.plan, objective=self.recipe.objective(class_weight))
+
+
+def resolved(forward: Forward, settings: Settings) -> Compiled:
+    """Objective, optimizer and metrics of a model.
+
+    Raises:
+        InputError: the model has no parameters yet.
+    """
+    if not forward.built:
+        raise InputError(
+            "The model has no parameters before it has seen a batch; expected a built one. fit, evaluate and "
+            "train_on_batch build it, and so does one call of it."
+        )
+    recipe = forward.understood(settings.recipe)
+    objective = recipe.objective()
+    made = optimizers.make(forward.optimizer(settings.optimizer), forward.net)
+    forward.attach(made)
+    named = forward.named_parameters()
+    trainable = tuple(named.values())
+    gate = None
+    if settings.on_nonfinite != "record":
+        gate = Gate(forward.net, made, trainable, forward.running())
+    plan = StepPlan(
+        forward.net,
+        forward.call,
+        objective,
+        made,
+        trainable,
+        objective.bound(named),
+        settings.autocast,
+        settings.clip_norm,
+        gate,
+    )
+    return Compiled(recipe, plan, measure.plan(objective, recipe.metrics, recipe.weighted_metrics))
+
+
+def built(forward: Forward, data: Data, device: torch.device) -> Data:
+    """The data, after its first batch has made the parameters of a model that has none yet."""
+    if forward.built:
+        return data
+    batch, data = boundary.first_batch(data)
+    with evaluating(forward.net):
+        forward.build(to_device(batch, device).x)
+    return data
