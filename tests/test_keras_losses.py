@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 
 import lossledger as ll
 import oracles
-from lossledger.errors import InputError
+from lossledger.errors import InputError, InputTypeError
 
 L = ll.losses
 
@@ -238,3 +241,55 @@ def test_order_of_a_circle_does_not_matter():
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     a, b = L.Circle()(labels, vectors, weight), L.Circle()(labels[order], vectors[order], weight[order])
     assert float(a) == pytest.approx(float(b), rel=1e-12)
+
+
+def test_circle_among_a_reference():
+    labels, vectors, _, _ = embeddings(3)
+    others, embedded, _, _ = embeddings(4, samples=5)
+    both, everything = np.concatenate([labels, others]), np.concatenate([vectors, embedded])
+    for remove_diagonal in (True, False):
+        arguments = {"gamma": 5.0, "remove_diagonal": remove_diagonal}
+        alone = L.circle(labels, vectors, **arguments)
+        assert torch.equal(L.circle(labels, vectors, labels, vectors, **arguments), alone)
+        # Anchors first among the reference: the diagonal then is the anchors themselves.
+        expected, _ = oracles.circle(both, everything, 5.0, 0.4, remove_diagonal)
+        got = L.circle(labels, vectors, ref_labels=both, ref_embeddings=everything, **arguments)
+        np.testing.assert_allclose(got, expected[: len(labels)], rtol=1e-9, atol=1e-12)
+    with pytest.raises(InputError, match="together"):
+        L.circle(labels, vectors, ref_labels=others)
+    with pytest.raises(InputError, match="length 3"):
+        L.circle(labels, vectors, others, embedded[:, :2])
+
+
+# --- configuration and copies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ll.reduction.NAMES)
+def test_copies_reduce_alike(reduction):
+    loss = L.MeanSquaredError(reduction)
+    y, p, w = [[0.0], [0.0], [0.0]], [[1.0], [2.0], [4.0]], [1.0, 0.0, 3.0]
+    for again in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
+        assert again.reduction is loss.reduction
+        assert torch.equal(again(y, p, w), loss(y, p, w))
+
+
+def test_reduction_is_its_name():
+    loss = L.MeanSquaredError("sum")
+    assert loss.reduction == "sum" and loss.reduction != "none" and {loss.reduction: 1}["sum"] == 1
+    assert ll.reduction.get("mean") == ll.reduction.get("sum_over_batch_size")
+    own = ll.Reduction("sum", None)
+    assert copy.copy(own) == own == ll.reduction.get("sum") and own != ll.Reduction("sum", len)
+
+
+def test_dtype_is_fixed_and_saved_only_if_given():
+    assert "dtype" not in L.MeanSquaredError().get_config()
+    loss = L.MeanSquaredError(dtype="float16")
+    assert loss.get_config()["dtype"] == "float16" and L.deserialize(L.serialize(loss)).dtype == torch.float16
+    assert loss([[0.0]], [[1.0]]).dtype == torch.float16
+    policy = SimpleNamespace(compute_dtype="bfloat16")
+    assert L.MeanSquaredError(dtype=policy).dtype == torch.bfloat16
+    with pytest.raises(AttributeError):
+        loss.dtype = torch.float32
+    for wrong in (32, "nothing", "cat"):
+        with pytest.raises(InputTypeError):
+            L.MeanSquaredError(dtype=wrong)

@@ -29,9 +29,11 @@ from lossledger.errors import InputError, InputTypeError, UnknownNameError
 from lossledger.weighting import Weighting
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Reduction:
     """How a loss is divided: an additive statistic of masks, weights and targets, in units of elements.
+
+    It equals its name, so that `loss.reduction == "sum"` reads as in Keras.
 
     Args:
         name: what `get_config` and the ledger call it.
@@ -103,6 +105,20 @@ def _takes_two(statistic: Any, name: str) -> bool:
         f"received {statistic!r}. Write lambda weighting, y_true: …"
     )
 
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Reduction):
+            return (self.name, self.statistic, self.rescale) == (other.name, other.statistic, other.rescale)
+        return self.name == other
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __reduce__(self) -> tuple[Callable[..., Reduction], tuple[object, ...]]:
+        """A copy of a named reduction is that reduction: `none` is told apart from `sum` by identity."""
+        if _REDUCTIONS.get(self.name) is self:
+            return get, (self.name,)
+        return Reduction, (self.name, self.statistic, self.rescale)
+
 
 def _valid_entries(weighting: Weighting) -> Tensor:
     """Number of unmasked elements of each sample, `[B]`."""
@@ -127,6 +143,10 @@ def _inverse_valid(weighting: Weighting) -> Tensor:
     return (valid > 0).double().div(valid.clamp(min=1)).reshape(shape)
 
 
+def _all_entries(weighting: Weighting) -> Tensor | int:
+    return weighting.total_of(None)
+
+
 def _nonzero(weighting: Weighting) -> Tensor | int:
     product = weighting.product
     return weighting.total_of(None if product is None else product != 0)
@@ -142,7 +162,7 @@ _REDUCTIONS = {
         Reduction("sum", None),
         Reduction("mean_with_sample_weight", Weighting.total_weight),
         NONE,
-        Reduction("sum_over_all_entries", lambda weighting: weighting.total_of(None)),
+        Reduction("sum_over_all_entries", _all_entries),
         Reduction("sum_over_nonzero_weights", _nonzero),
         Reduction("mean_per_sample", _samples, _inverse_valid),
     )

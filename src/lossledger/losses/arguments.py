@@ -13,11 +13,12 @@ def snake_case(name: str) -> str:
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype, or the dtype of a name.
+    """A dtype, the dtype of a name, or that in which a dtype policy of Keras computes.
 
     Raises:
         InputTypeError: no dtype of torch.
     """
+    dtype = getattr(dtype, "compute_dtype", dtype)
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else None

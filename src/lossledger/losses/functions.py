@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lossledger.errors import InputError
 from lossledger.losses.asymmetric import AsymmetricFocal, AsymmetricFocalTversky
 from lossledger.losses.classification import (
     BinaryCrossentropy,
@@ -24,7 +26,7 @@ from lossledger.losses.generalized import GeneralizedDice
 from lossledger.losses.hinge import CategoricalHinge, Hinge, SquaredHinge
 from lossledger.losses.likelihood import GaussianNegativeLogLikelihood, PoissonNegativeLogLikelihood
 from lossledger.losses.lovasz import LovaszHinge, LovaszSoftmax
-from lossledger.losses.metric_learning import Circle, SupervisedContrastive, TripletHard, TripletSemiHard
+from lossledger.losses.metric_learning import Circle, SupervisedContrastive, TripletHard, TripletSemiHard, circle_of
 from lossledger.losses.overlap import Dice, FocalTversky, Jaccard, LogCoshDice, Tversky
 from lossledger.losses.ranking import Contrastive, MarginRanking, Triplet
 from lossledger.losses.regression import (
@@ -222,9 +224,49 @@ def ctc(y_true: Any, y_pred: Any) -> Tensor:
     return CTC("none")(y_true, y_pred)
 
 
-def circle(y_true: Any, y_pred: Any, remove_diagonal: bool = True, gamma: float = 80.0, margin: float = 0.4) -> Tensor:
-    """The circle loss of each sample among those of its batch, `[B]`; see `Circle`."""
-    return Circle(gamma, margin, remove_diagonal, "none")(y_true, y_pred)
+def circle(
+    y_true: Any,
+    y_pred: Any,
+    ref_labels: Any = None,
+    ref_embeddings: Any = None,
+    remove_diagonal: bool = True,
+    gamma: float = 80.0,
+    margin: float = 0.4,
+) -> Tensor:
+    """The circle loss of each sample among those of its batch, `[B]`, or among a reference; see `Circle`.
+
+    Args:
+        y_true: labels, `[B]`.
+        y_pred: embeddings of length 1, `[B, D]`.
+        ref_labels: labels of the samples to compare with, `[R]`; those of the batch if not given.
+        ref_embeddings: their embeddings, `[R, D]`; given together with their labels.
+        remove_diagonal: a sample is not its own positive.
+        gamma: γ > 0, the scale.
+        margin: m, how near is near enough.
+
+    Raises:
+        InputError: shapes that do not fit, only one of the two references.
+
+    Example:
+        >>> near, far = [1.0, 0.0], [0.0, 1.0]
+        >>> circle([0], [near], ref_labels=[0, 1], ref_embeddings=[near, far], remove_diagonal=False, gamma=1.0)
+        tensor([0.5459])
+    """
+    loss = Circle(gamma, margin, remove_diagonal, "none")
+    if ref_labels is None and ref_embeddings is None:
+        return loss(y_true, y_pred)
+    if ref_labels is None or ref_embeddings is None:
+        raise InputError("circle: expected ref_labels and ref_embeddings together, received one of them.")
+    batch, reference = loss.align(y_true, y_pred), loss.align(ref_labels, ref_embeddings, where="circle: reference")
+    anchors, others = batch.prediction.raw, reference.prediction.raw
+    if anchors.shape[1] != others.shape[1]:
+        raise InputError(
+            f"circle: ref_embeddings: expected vectors of length {anchors.shape[1]} as y_pred, received "
+            f"{others.shape[1]}."
+        )
+    same = batch.y_true[:, :1] == reference.y_true[:, 0]
+    positive = same & ~torch.eye(*same.shape, dtype=torch.bool, device=same.device) if remove_diagonal else same
+    return circle_of(anchors, others, positive, ~same, gamma, margin)
 
 
 def soft_categorical_crossentropy(

@@ -78,7 +78,12 @@ class Loss:
     ) -> None:
         self.name = name or self._default_name or snake_case(type(self).__name__)
         self.reduction = reductions.get(reduction)
-        self.dtype = dtype_of(dtype)
+        self._dtype = dtype_of(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype of the result; `None`: that of the arithmetic."""
+        return self._dtype
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """The loss of each entry, `[B, d…]`; a subclass writes this.
@@ -442,13 +447,11 @@ class Loss:
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal loss, as plain values."""
-        config: dict[str, Any] = {
-            "name": self.name,
-            "reduction": self.reduction.name,
-            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
-        }
+        config: dict[str, Any] = {"name": self.name, "reduction": self.reduction.name}
+        if self.dtype is not None:
+            config["dtype"] = str(self.dtype).removeprefix("torch.")
         for name in inspect.signature(type(self).__init__).parameters:
-            if name != "self" and name not in config and hasattr(self, name):
+            if name not in ("self", "dtype", *config) and hasattr(self, name):
                 value = getattr(self, name)
                 config[name] = list(value) if isinstance(value, tuple) else value
         return config

@@ -69,11 +69,18 @@ class Circle(Labelled):
         self.remove_diagonal = remove_diagonal
 
     def _costs(self, vectors: Tensor, labels: Tensor, present: Tensor) -> Tensor:
-        positive, negative = self._partners(labels, present)
-        m, distance = self.margin, (1 - vectors @ vectors.T).clamp(min=0)
-        near = -self.gamma * (m + distance).clamp(min=0) * (m - distance)
-        far = self.gamma * (1 + m - distance).clamp(min=0) * (1 - m - distance)
-        return F.softplus(log_sum_exp(near, positive) + log_sum_exp(far, negative))
+        return circle_of(vectors, vectors, *self._partners(labels, present), self.gamma, self.margin)
+
+
+def circle_of(
+    anchors: Tensor, others: Tensor, positive: Tensor, negative: Tensor, gamma: float, margin: float
+) -> Tensor:
+    """The circle loss of each anchor (row) among others (columns), `[B]`; 0 without a positive or a negative."""
+    distance = (1 - anchors @ others.T).clamp(min=0)
+    near = -gamma * (margin + distance).clamp(min=0) * (margin - distance)
+    far = gamma * (1 + margin - distance).clamp(min=0) * (1 - margin - distance)
+    losses = F.softplus(log_sum_exp(near, positive) + log_sum_exp(far, negative))
+    return losses.where(positive.any(1) & negative.any(1), 0.0)
 
 
 class _Mined(Labelled):
