@@ -224,7 +224,7 @@ def _batches(case: Mapping[str, Any], rules: Rules) -> list[tuple[int, float, fl
         w = None if weight is None else tensor(weight)[part]
         m = None if case.get("mask") is None else torch.as_tensor(case["mask"])[part]
         value = rules.loss(case["loss"], rest, y_true[part], y_pred[part], w, m).value
-        if value.ndim:
+        if value.numel() != 1:
             raise FrameworkError("RuntimeError", "fit needs a loss of one number")
         found.append((len(y_pred[part]), float(value), _activity(options, y_pred[part])))
     return found

@@ -120,6 +120,8 @@ def _of_tf_keras(batch: Batch, divide_by_all: bool) -> tuple[Reduced, str]:
     if batch.class_weight is not None:
         weight = fit.tf_keras_class_weight(batch.y_true, batch.class_weight, weight)
     options["reduction"] = batch.reduction
+    if options.get("axis") == -1 and batch.name == "SparseCategoricalCrossentropy":
+        del options["axis"]  # Its class in tf_keras takes none.
     found = tf_keras.loss(batch.name, options, batch.y_true, y_pred, weight, batch.mask, divide_by_all)
     if batch.mask is not None:
         return found, "masked entries stay in the divisor" if divide_by_all else "without a valid entry it divides by 0"

@@ -112,7 +112,14 @@ def entries(name: str, options: Mapping[str, Any], y_true: Any, y_pred: Any) -> 
     function = find(elements.FUNCTIONS, name, "tf_keras")
     if key(name) in elements.ONLY_KERAS3:
         raise NotSupported(f"tf_keras has no loss {name!r}")
-    found = call(function, y, p, elements.TF_KERAS, options=options, where=name)
+    if "axis" in options and name == "SparseCategoricalCrossentropy":
+        raise FrameworkError("TypeError", "the class takes no axis")
+    if p.ndim == 0:
+        raise FrameworkError("InvalidArgumentError", "an output without axes")
+    try:
+        found = call(function, y, p, elements.TF_KERAS, options=options, where=name)
+    except RuntimeError as error:
+        raise FrameworkError("InvalidArgumentError", str(error)) from None
     return found if isinstance(found, tuple) else (found, None)
 
 
@@ -138,5 +145,5 @@ def loss(
     rest = {k: v for k, v in options.items() if k not in ("reduction", "name")}
     losses, own = entries(name, rest, y_true, y_pred)
     given = None if mask is None else torch.as_tensor(mask).bool()
-    both = own if given is None else given if own is None else given & own
+    both = own if given is None else given if own is None else _times(given, own)
     return reduce(losses, optional(sample_weight), both, options.get("reduction", "auto"), divide_by_all)
