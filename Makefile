@@ -15,6 +15,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.live: pyproject.toml constraints.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[live]'
+	$(BIN)/python -m pip check
+	touch $@
+
 # The main job: train a U-Net twice on real digits, with the ledger on; ends with runs/demo/report.html.
 demo: $(VENV)/.demo
 	$(BIN)/lossledger demo
@@ -23,8 +28,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"
 
-# The demo at full size with its effect.
-test-slow: $(VENV)/.dev
+# The demo at full size with its effect, and thousands of random cases against the installed Keras, tf_keras, torch
+# and optax.
+test-slow: $(VENV)/.live
 	$(BIN)/python -m pytest -m slow
 
 # Format, lint, types, then the tests.

@@ -187,6 +187,7 @@ def binary_focal_crossentropy(
     """Binary cross-entropy times (1 − p_t)^γ; α only with class balancing."""
     y = y * (1 - label_smoothing) + label_smoothing / 2
     q = p.sigmoid() if from_logits else p
+    _same_shape(y, p, d.strict_shapes)
     factor = (1 - (y * q + (1 - y) * (1 - q))) ** gamma
     focal = factor * (_binary(y, q, d, False) if d.focal_sigmoid else _binary(y, p, d, from_logits))
     if apply_class_balancing:
