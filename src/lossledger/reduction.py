@@ -68,6 +68,14 @@ class Reduction:
         # Once, not in each step.
         object.__setattr__(self, "_reads_targets", self.statistic is not None and _takes_two(self.statistic, self.name))
 
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Reduction):
+            return (self.name, self.statistic, self.rescale) == (other.name, other.statistic, other.rescale)
+        return self.name == other
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A named reduction is one object: a copy must be recognised as it, in another process too.
         if _REDUCTIONS.get(self.name) is self:
@@ -104,20 +112,6 @@ def _takes_two(statistic: Any, name: str) -> bool:
         f"Reduction {name!r}: statistic must be a function of the weighting, or of the weighting and the targets; "
         f"received {statistic!r}. Write lambda weighting, y_true: …"
     )
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Reduction):
-            return (self.name, self.statistic, self.rescale) == (other.name, other.statistic, other.rescale)
-        return self.name == other
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-    def __reduce__(self) -> tuple[Callable[..., Reduction], tuple[object, ...]]:
-        """A copy of a named reduction is that reduction: `none` is told apart from `sum` by identity."""
-        if _REDUCTIONS.get(self.name) is self:
-            return get, (self.name,)
-        return Reduction, (self.name, self.statistic, self.rescale)
 
 
 def _valid_entries(weighting: Weighting) -> Tensor:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from lossledger.conventions.common import FrameworkError, NotSupported, Reduced, call, key, optional, tensor
 
-
 Axes = int | list[int] | None
 
 
@@ -70,9 +69,7 @@ def log_cosh(y: Tensor, p: Tensor) -> Tensor:
     return torch.logaddexp(error, -error) - torch.log(torch.tensor(2.0))
 
 
-def cosine_similarity(
-    y: Tensor, p: Tensor, *, epsilon: float = 0.0, axis: Axes = -1, where: Any = None
-) -> Tensor:
+def cosine_similarity(y: Tensor, p: Tensor, *, epsilon: float = 0.0, axis: Axes = -1, where: Any = None) -> Tensor:
     """The cosine, with its own sign; squared lengths are at least ε."""
     chosen = _where(where, p, axis)
 
@@ -122,9 +119,10 @@ def softmax_cross_entropy_with_integer_labels(y: Tensor, p: Tensor, *, axis: int
     labels, classes = y.long().unsqueeze(axis), p.shape[axis]
     labels = torch.where(labels < 0, labels + classes, labels)
     outside = (labels < 0) | (labels >= classes)
-    shape = [*torch.broadcast_shapes(labels.movedim(axis, -1)[..., 0].shape, p.movedim(axis, -1)[..., 0].shape), -1]
-    index = labels.masked_fill(outside, 0).movedim(axis, -1).expand(shape)
-    label = p.movedim(axis, -1).expand(shape).gather(-1, index).squeeze(-1)
+    index, scores = labels.masked_fill(outside, 0).movedim(axis, -1), p.movedim(axis, -1)
+    # Labels and logits broadcast against each other.
+    entries = torch.broadcast_tensors(index[..., 0], scores[..., 0])[0].shape
+    label = scores.expand(*entries, -1).gather(-1, index.expand(*entries, 1)).squeeze(-1)
     label = label.masked_fill(outside.movedim(axis, -1).squeeze(-1), float("nan"))
     kept = p if chosen is None else torch.where(chosen, p, float("-inf"))
     losses = kept.logsumexp(axis) - label
