@@ -121,7 +121,7 @@ def softmax_cross_entropy_with_integer_labels(y: Tensor, p: Tensor, *, axis: int
     outside = (labels < 0) | (labels >= classes)
     index, scores = labels.masked_fill(outside, 0).movedim(axis, -1), p.movedim(axis, -1)
     # Labels and logits broadcast against each other.
-    entries = torch.broadcast_tensors(index[..., 0], scores[..., 0])[0].shape
+    entries = (index[..., 0] + scores[..., 0]).shape
     label = scores.expand(*entries, -1).gather(-1, index.expand(*entries, 1)).squeeze(-1)
     label = label.masked_fill(outside.movedim(axis, -1).squeeze(-1), float("nan"))
     kept = p if chosen is None else torch.where(chosen, p, float("-inf"))
