@@ -184,11 +184,15 @@ def different(problem):
 
     - The binary focal loss of logits clips their sigmoid; ours is exact at any logit.
     - Label smoothing counts the classes on the last axis, also when the classes are on another.
+    - Probabilities that are all 0 are divided by their sum, 0/0; ours clips them.
     - An overlap of nothing with nothing is a loss of 1; ours is 0.
     """
     if problem.loss in OVERLAPS:
         axis = options(problem).get("axis")
         return bool((np.sum(problem.y_true + problem.y_pred, axis=axis) == 0).any())
+    if "Categorical" in problem.loss and not problem.kwargs.get("from_logits", False):
+        if bool((problem.y_pred.sum(problem.kwargs.get("axis", -1)) == 0).any()):
+            return True
     if problem.loss == "BinaryFocalCrossentropy":
         return bool(np.abs(problem.y_pred).max() > 5)
     return (
