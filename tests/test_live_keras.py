@@ -190,9 +190,9 @@ def different(problem):
     if problem.loss in OVERLAPS:
         axis = options(problem).get("axis")
         return bool((np.sum(problem.y_true + problem.y_pred, axis=axis) == 0).any())
-    if "Categorical" in problem.loss and not problem.kwargs.get("from_logits", False):
-        if bool((problem.y_pred.sum(problem.kwargs.get("axis", -1)) == 0).any()):
-            return True
+    divided = "Categorical" in problem.loss and not problem.kwargs.get("from_logits", False)
+    if divided and bool((problem.y_pred.sum(problem.kwargs.get("axis", -1)) == 0).any()):
+        return True
     if problem.loss == "BinaryFocalCrossentropy":
         return bool(np.abs(problem.y_pred).max() > 5)
     return (
