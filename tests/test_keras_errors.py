@@ -248,11 +248,6 @@ def both_models(name, make, reason):
     return Difference(name, lambda: make(keras_model), lambda: make(our_model), reason)
 
 
-def assigned_dtype(k):
-    loss = k.MeanSquaredError()
-    loss.dtype = "float64"
-
-
 ONES = np.ones(10, "float32")
 ONLY_KERAS_REFUSES = [
     both_models("whole-loss-weight", lambda make: make(loss_weights=2), "2 is as good a factor as 2.0"),
@@ -270,7 +265,6 @@ ONLY_KERAS_REFUSES = [
         lambda: fit(our_model(2, {"a": "hinge", "b": "mse"}), y={"a": Y.round(), "b": Y}, class_weight={"a": {1: 2.0}}),
         "class weights go by output",
     ),
-    both("dtype-assigned", assigned_dtype, "attributes of a loss are plain; a loss of another dtype is another loss"),
 ]
 ONLY_OURS_REFUSES = [
     both("get-none", lambda k: k.get(None), "an output without a loss is said in the objective, not by a loss None"),
