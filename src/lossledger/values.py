@@ -1,4 +1,4 @@
-"""Checks of values: numbers that are finite, labels that exist, probabilities in [0, 1]."""
+"""Values: division by what may be 0; checks that numbers are finite, labels exist, probabilities are in [0, 1]."""
 
 from __future__ import annotations
 
@@ -95,3 +95,10 @@ def check_targets(y_true: Tensor, where: str, upper: float = 1.0) -> None:
             f"({int(bad.sum())} outside in all). Use 0 and 1 (or probabilities); for class indices use "
             "SparseCategoricalCrossentropy."
         )
+
+
+def reciprocal(divisor: Any, dtype: torch.dtype) -> Any:
+    """1 / divisor, and 0 where nothing counted."""
+    if isinstance(divisor, Tensor):
+        return ((divisor != 0) / (divisor + (divisor == 0)).double()).to(dtype)
+    return 1.0 / divisor if divisor else 0.0

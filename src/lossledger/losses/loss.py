@@ -26,7 +26,7 @@ from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Tally
-from lossledger.values import not_finite
+from lossledger.values import not_finite, reciprocal
 from lossledger.weighting import ClassWeight, Weighting, align, as_tensor, class_vector, weighting
 
 By = str | Tensor | None
@@ -238,9 +238,13 @@ class Loss:
             with torch.no_grad():
                 known = self.tally_aligned(batch)
             return Tally(0.0, known.divisor, 0, 0, offset=known.offset)
-        columns = batch.weighting.shape[-1]
+        columns = self._columns(batch.weighting.shape[-1])
         divisor = reductions.divides(self.reduction, batch.where).divisor(batch.weighting, batch.y_true)
         return Tally(0.0, 0, 0, 0, offset=columns) if divisor is None else Tally(0.0, divisor, 0, 0)
+
+    def _columns(self, length: int) -> int:
+        """How many elements make an entry, of which a sum is one: a class axis that a loss takes the mean over."""
+        return length
 
     def is_ratio(self, rank: int) -> bool:
         """Whether the divisor of an output of that many axes depends on the predictions."""
@@ -393,7 +397,7 @@ class Loss:
             0 if divisor is None else divisor,
             weights.count(),
             weights.total_weight(),
-            offset=elements.shape[-1] if divisor is None else 0,
+            offset=self._columns(elements.shape[-1]) if divisor is None else 0,
             nonfinite=_nonfinite(total.detach(), numerator.detach()),
             groups=None if by is None else self._groups(batch, weighted.detach(), total.detach(), weights, by),
         )
@@ -484,13 +488,6 @@ class Loss:
     def __radd__(self, other: object) -> Expression:
         # sum() starts from the integer 0.
         return 1.0 * self if other == 0 and isinstance(other, int) else NotImplemented
-
-
-def reciprocal(divisor: Any, dtype: torch.dtype) -> Any:
-    """1 / divisor, and 0 where nothing counted."""
-    if isinstance(divisor, Tensor):
-        return ((divisor != 0) / (divisor + (divisor == 0)).double()).to(dtype)
-    return 1.0 / divisor if divisor else 0.0
 
 
 def _nonfinite(elements: Tensor, total: Tensor) -> Tensor:

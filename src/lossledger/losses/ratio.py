@@ -26,11 +26,11 @@ from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
 from lossledger.losses.elementwise import ElementLoss
 from lossledger.losses.links import CellLink, Curve
-from lossledger.losses.loss import By, reciprocal
+from lossledger.losses.loss import By
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Link, Tally, divide
-from lossledger.values import check_probabilities, check_targets, is_number, not_finite
+from lossledger.values import check_probabilities, check_targets, is_number, not_finite, reciprocal
 from lossledger.weighting import ClassWeight, Weighting, class_vector, selected
 
 EPSILON = 1e-7
@@ -373,6 +373,10 @@ class Overlap(ElementLoss):
         if columns is not None:
             weight = columns if weight is None else weight * columns
         return replace(batch, weighting=Weighting(shape, mask, weight))
+
+    def _columns(self, length: int) -> int:
+        # A cell is an entry: the class axis that was kept is one of the axes of the entries, as in Keras.
+        return 1
 
     def _losses(self, batch: Aligned, numerator: Tensor, divisor: Tensor) -> Tensor:
         """The loss of each cell, with a class axis at the end."""
