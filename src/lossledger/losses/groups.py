@@ -5,6 +5,7 @@ Each function takes weighted elements (`[B, d…, C]`, detached) and returns the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -25,21 +26,34 @@ def _columns(values: Tensor | None, weighting: Weighting, device: torch.device) 
     return values.reshape(-1, columns).sum(0)
 
 
+def _each_once(
+    rows: Callable[[Tensor | None], Tensor], weighted: Tensor, total: Tensor, weighting: Weighting
+) -> list[Tensor]:
+    """Rows of numerator, total, count and weight; what is one tensor, or all ones, is summed once."""
+    known: dict[int, Tensor] = {}
+    sums = []
+    for values in (weighted, total, weighting.mask, weighting.product):
+        if id(values) not in known:
+            known[id(values)] = rows(values)
+        sums.append(known[id(values)])
+    return sums
+
+
 def by_column(kind: str, weighted: Tensor, total: Tensor, weighting: Weighting, presence: Tensor | None) -> Groups:
     """Rows by column of the class axis; with `presence` (bool, as the elements) each is split in two.
 
     Rows are in the order column 0 … C−1 (present, where split), then column 0 … C−1 absent.
     """
     columns, device = weighting.shape[-1], weighted.device
-    sums = []
-    for values in (weighted, total, weighting.mask, weighting.product):
+
+    def rows(values: Tensor | None) -> Tensor:
         whole = _columns(values, weighting, device)
         if presence is None:
-            sums.append(whole)
-            continue
-        inside = presence if values is None else values * presence
-        part = _columns(inside, weighting, device)
-        sums.append(torch.cat((part, whole - part)))
+            return whole
+        part = _columns(presence if values is None else values * presence, weighting, device)
+        return torch.cat((part, whole - part))
+
+    sums = _each_once(rows, weighted, total, weighting)
     if presence is None:
         keys = tuple((column, "") for column in range(columns))
     else:
@@ -71,7 +85,7 @@ def by_index(
         entries = values.reshape(-1, columns).sum(-1)
         return torch.zeros(size, dtype=entries.dtype, device=flat.device).index_add_(0, flat, entries)
 
-    sums = [scatter(v) for v in (weighted, total, weighting.mask, weighting.product)]
+    sums = _each_once(scatter, weighted, total, weighting)
     return Groups(kind, keys, sums[0], sums[1], sums[2], sums[3])
 
 
@@ -87,7 +101,7 @@ def by_sample(weighted: Tensor, total: Tensor, weighting: Weighting) -> Groups:
             values = values.expand(weighting.shape)
         return values.reshape(samples, -1).sum(1)
 
-    sums = [rows(v) for v in (weighted, total, weighting.mask, weighting.product)]
+    sums = _each_once(rows, weighted, total, weighting)
     return Groups("sample", None, sums[0], sums[1], sums[2], sums[3])
 
 

@@ -390,7 +390,7 @@ class Loss:
         product = weights.product
         total = elements if product is None else elements * product
         weighted = total if reduction.rescale is None else total * reduction.rescale(weights).to(total)
-        numerator = weighted.sum()
+        numerator, plain = weighted.sum(), total.detach()
         divisor = reduction.divisor(weights, batch.y_true)
         return Tally(
             numerator,
@@ -398,8 +398,10 @@ class Loss:
             weights.count(),
             weights.total_weight(),
             offset=self._columns(elements.shape[-1]) if divisor is None else 0,
-            nonfinite=_nonfinite(total.detach(), numerator.detach()),
-            groups=None if by is None else self._groups(batch, weighted.detach(), total.detach(), weights, by),
+            nonfinite=_nonfinite(plain, numerator.detach()),
+            groups=None
+            if by is None
+            else self._groups(batch, plain if weighted is total else weighted.detach(), plain, weights, by),
         )
 
     def _tally_scalar(self, batch: Aligned, elements: Tensor, by: By) -> Tally:
