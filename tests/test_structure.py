@@ -34,6 +34,7 @@ ROOMS = [
     "conventions",
     "ledger",
     "report",
+    "explain",
     "training",
     "demo",
     "cli",
