@@ -16,7 +16,7 @@ NAMES = {
     "sequence mean": "each sample over its own valid entries, then the mean over samples: all samples count the same",
     "mean over masked entries too": "masked entries add nothing, and divide all the same: padding makes the loss small",
     "sum": "a sum: twice the data is twice the loss",
-    "mean × batch size": "a mean times the number of samples: it grows with the batch, not with what is in a sample",
+    "mean × batch size": "a mean times the number of samples (the sum of their means): it grows with the batch alone",
     "sum / batch size": "a sum over what a sample holds, and the mean over samples: it grows with the size of a sample",
     "mean / batch size": "a mean that is divided by the number of samples once more",
     "weighted mean": "a mean with weights that also divide",
