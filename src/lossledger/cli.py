@@ -1,4 +1,6 @@
-"""The command line: `lossledger demo`, `lossledger report RUN`, `lossledger compare FILE`, `lossledger diff A B`."""
+"""The command line: `lossledger demo`, `lossledger report RUN`, `lossledger compare FILE`,
+`lossledger explain FILE`, `lossledger diff A B`.
+"""
 
 from __future__ import annotations
 
@@ -80,18 +82,49 @@ def report(run: Path, output: Path | None, as_plain: bool) -> None:
 @click.option("--from-logits", is_flag=True, help="The predictions are logits.")
 def compare(file: Path, loss: str, from_logits: bool) -> None:
     """Print every framework's loss of FILE, an .npz of y_true, y_pred, sample_weight, mask, class_weight."""
-    import numpy as np
-
     from lossledger.conventions.compare import table_of
-    from lossledger.losses import get
+
+    click.echo(str(table_of({**_arrays(file), "loss": _chosen(loss, from_logits)})))
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--loss", required=True, help="Name of a loss, for example mse or BinaryCrossentropy.")
+@click.option("--from-logits", is_flag=True, help="The predictions are logits.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain(file: Path, loss: str, from_logits: bool, as_json: bool) -> None:
+    """Print what the loss of FILE is made of, an .npz of y_true, y_pred, sample_weight, mask, class_weight."""
+    import json
+
+    from lossledger.explain.explanation import explain as explained
+
+    case = _arrays(file)
+    names = ("y_true", "y_pred", "sample_weight", "mask", "class_weight")
+    found = explained(_chosen(loss, from_logits), **{name: case[name] for name in names if name in case})
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
+
+
+def _arrays(file: Path) -> dict[str, Any]:
+    """The arrays of a file of one batch, by name."""
+    import numpy as np
 
     with np.load(file, allow_pickle=False) as arrays:
         missing = {"y_true", "y_pred"} - set(arrays.files)
         if missing:
             raise click.ClickException(f"{file}: no array {' or '.join(sorted(missing))}; found {arrays.files}.")
-        case = {name: arrays[name] for name in arrays.files}
-    chosen = type(get(loss))(from_logits=True) if from_logits else loss  # type: ignore[call-arg]
-    click.echo(str(table_of({**case, "loss": chosen})))
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _chosen(loss: str, from_logits: bool) -> Any:
+    """The loss of a name, told that it gets logits."""
+    from lossledger.losses import get
+
+    if not from_logits:
+        return loss
+    try:
+        return type(get(loss))(from_logits=True)  # type: ignore[call-arg]
+    except TypeError:
+        raise click.ClickException(f"{loss} has no from_logits; leave --from-logits out.") from None
 
 
 @main.command()

@@ -1,0 +1,33 @@
+"""An explanation for a notebook: a fragment of HTML that takes its colours from the page around it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lossledger.explain.text import group_rows, reference_rows, shape_text
+from lossledger.report.numbers import display
+
+if TYPE_CHECKING:
+    from lossledger.explain.explanation import Explanation
+
+MOST_GROUPS = 30
+
+
+def as_html(explanation: Explanation) -> str:
+    """The explanation as a fragment; every name in it is escaped.
+
+    Args:
+        explanation: what to show.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("lossledger.explain", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(display=display, shape=shape_text)
+    template = environment.get_template("explanation.html")
+    return template.render(found=explanation, groups=group_rows, levels=reference_rows, most=MOST_GROUPS)
