@@ -244,6 +244,23 @@ def test_levels_of_regression():
     assert level(absolute, "base rate") == pytest.approx(np.abs(y - np.median(y, 0)).mean())
 
 
+def test_a_base_rate_below_0_gives_no_skill():
+    # The likelihood of Poisson counts without its constant may be negative.
+    term = only(ll.explain("poisson", np.full((6, 1), 9.0) + np.arange(6)[:, None], np.full((6, 1), 10.0)))
+    assert level(term, "base rate") < 0 and term.skill is None
+
+
+def test_weights_inside_a_smoothed_loss_have_no_floor():
+    y, z = torch.as_tensor(LABELS), torch.as_tensor(SCORES).movedim(-1, 1)
+    weight = torch.arange(1.0, C + 1).double()
+    for module, floor in (
+        (nn.CrossEntropyLoss(label_smoothing=0.1), True),
+        (nn.CrossEntropyLoss(weight, label_smoothing=0.1), False),
+    ):
+        names = [reference.name for reference in only(ll.explain(module, y, z)).references]
+        assert ("floor" in names) is floor
+
+
 @pytest.mark.parametrize(("loss", "choices"), [(L.InfoNCE(), 7), (L.NTXent(), 13)])
 def test_chance_among_the_samples_of_a_batch(loss, choices):
     term = only(ll.explain(loss, np.zeros(7), RNG.normal(0, 1, (7, 2, 3))))

@@ -36,7 +36,7 @@ class TermExplanation:
         order: whether the order of the averages matters here, with numbers.
         groups: contributions by class, where the loss has classes.
         references: levels to compare the value with.
-        skill: 1 − value / base rate; `None` where there is no base rate.
+        skill: 1 − value / base rate; `None` where there is no base rate above 0.
         consistency: what metrics say that the value must be at least.
     """
 
@@ -185,7 +185,7 @@ def _term(term: Term, total: float) -> TermExplanation:
         order=steps.order(loss, batch, term),
         groups=steps.groups(loss, term),
         references=levels,
-        skill=None if not base else 1 - value / base,
+        skill=1 - value / base if base is not None and base > 0 else None,
         consistency=references.consistency(loss, batch, term.tally),
     )
 

@@ -152,8 +152,9 @@ def _class_levels(loss: Loss, batch: Aligned, classes: _Classes) -> tuple[Refere
     found = [at(even, "chance", f"All classes alike ({chance} without weights)")]
     rates = _frequencies(targets, _entry_weights(loss, batch, shape))
     found.append(at(rates, "base rate", "Always predicting how often each class occurs"))
-    # Of a focal loss the minimum lies elsewhere than at the targets.
-    if type(loss) in (BinaryCrossentropy, CategoricalCrossentropy, SparseCategoricalCrossentropy) or classes.axis == 1:
+    # Of a focal loss the minimum lies elsewhere than at the targets; so with class weights inside of smoothed labels.
+    torch_plain = isinstance(loss, TorchLoss) and classes.exclusive and loss.module.weight is None
+    if torch_plain or type(loss) in (BinaryCrossentropy, CategoricalCrossentropy, SparseCategoricalCrossentropy):
         soft = bool(((targets > 0) & (targets < 1)).any())
         words = (
             "The entropy of soft or smoothed labels, which no prediction gets below" if soft else "Certain and right"

@@ -106,7 +106,7 @@ def _term(term: TermExplanation) -> Iterator[RenderableType]:
     if term.references:
         yield _table(("level", "value", "which predictions"), reference_rows(term))
     if term.skill is not None:
-        yield _plain(f"Skill against the base rate: {display(term.skill)} (1 is perfect, 0 the base rate).")
+        yield _plain(f"Skill against the base rate: {display(term.skill)} (1: the loss is 0; 0: the base rate).")
     for text in term.consistency:
         yield _plain(text)
 
