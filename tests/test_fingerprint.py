@@ -486,6 +486,24 @@ WRONG = {
 }
 
 
+# With four samples, weights can be found that explain rounded values by accident; these seeds are such cases.
+@pytest.mark.parametrize("seed", [12, 19, 28])
+def test_rounding_is_not_taken_for_weights(seed):
+    torch.manual_seed(seed)
+    assert ll.fingerprint(WRONG["whole division"][0], normal(4, 4), normal(4, 4)).name == "rounded"
+
+
+def test_a_function_may_write_to_its_arguments():
+    def overwrites(y_true, y_pred):
+        loss = F.mse_loss(y_pred, y_true)
+        y_true.zero_()
+        return loss
+
+    y_true, y_pred = regression()
+    found = ll.fingerprint(overwrites, y_true, y_pred)
+    assert found.name == "mean" and found.value == pytest.approx(float(F.mse_loss(y_pred, y_true)), rel=1e-6)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_hand_written_losses(name):
     fn, inputs, expected = WRONG[name]
@@ -546,7 +564,8 @@ def test_a_function_that_takes_no_single_samples_is_judged_by_parts():
 
 
 def test_nothing_of_the_caller_changes():
-    y_true, y_pred = regression()
+    # float64, so that nothing is copied on the way by a change of the dtype.
+    y_true, y_pred = (values.double() for values in regression())
     before, state = (y_true.clone(), y_pred.clone()), torch.random.get_rng_state()
     norm = nn.BatchNorm1d(C)
 

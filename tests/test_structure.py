@@ -115,6 +115,12 @@ def test_report_can_be_called_whether_its_package_was_imported_or_not():
         subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_explain_can_be_called_whether_its_package_was_imported_or_not():
+    for first in ("", "import lossledger.explain.evidence; from lossledger.explain import Step; "):
+        code = f"import lossledger as ll; {first}assert ll.explain('mse', [[0.0]], [[2.0]]).value == 4"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_no_file_is_longer_than_a_newcomer_can_hold(path):
     assert len(path.read_text().splitlines()) <= 500

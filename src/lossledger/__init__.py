@@ -20,14 +20,14 @@ _HOME = {
     "compare": "lossledger.conventions.compare",
     "conventions": "lossledger.conventions",
     "errors": "lossledger.errors",
-    "explain": "lossledger.explain.explanation",
+    "explain": "lossledger.explain",
     "fingerprint": "lossledger.explain.fingerprint",
     "losses": "lossledger.losses",
     "metrics": "lossledger.metrics",
     "regularizers": "lossledger.regularizers",
     "report": "lossledger.report",
 }
-_MODULES = ("callbacks", "conventions", "errors", "losses", "metrics", "regularizers", "report")
+_MODULES = ("callbacks", "conventions", "errors", "explain", "losses", "metrics", "regularizers", "report")
 
 __all__ = [
     "Batch",
@@ -52,9 +52,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lossledger import conventions, errors, losses, metrics, regularizers, report
+    from lossledger import conventions, errors, explain, losses, metrics, regularizers, report
     from lossledger.batch import Batch
     from lossledger.conventions.compare import compare
+    from lossledger.explain.fingerprint import fingerprint
     from lossledger.ledger import Ledger
     from lossledger.objective import Objective, Outputs, add_loss
     from lossledger.reduction import Reduction
