@@ -16,7 +16,8 @@ from lossledger.explain.steps import Divisor, Group, Step
 from lossledger.objective import Objective
 from lossledger.objective.breakdown import Breakdown, Term
 from lossledger.report.numbers import display
-from lossledger.weighting import as_tensor, is_number
+from lossledger.values import is_number
+from lossledger.weighting import as_tensor
 
 
 @dataclass(frozen=True, slots=True)

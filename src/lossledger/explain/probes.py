@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lossledger.errors import InputError, InputTypeError
 from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
-from lossledger.weighting import as_mask, as_tensor, shape_of
+from lossledger.values import shape_of
+from lossledger.weighting import as_mask, as_tensor
 
 Order = Literal["y_true, y_pred", "input, target"]
 
