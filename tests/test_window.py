@@ -660,6 +660,16 @@ class Alive(nn.Module):
         return out
 
 
+@pytest.fixture
+def young_objects():
+    """What earlier tests left is not looked through at each collection of garbage."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("young_objects")
 @pytest.mark.parametrize("loss", [bce, dice], ids=["linear", "ratio"])
 def test_the_graph_of_one_micro_batch_is_in_memory(loss):
     def most(count):
