@@ -422,3 +422,9 @@ def test_a_framework_with_the_same_policy_has_our_number(convention, loss):
 def test_a_policy_that_a_framework_has_not_is_a_dash(convention, loss, word):
     row = ll.compare(loss, *_segmented())[convention]
     assert row.value is None and word in row.reason
+
+
+def test_the_reason_without_weights_is_not_about_weights():
+    empty = np.zeros((2, 4, 2))
+    row = ll.compare(ll.losses.Dice(axis=(1, 2)), empty, empty)["keras3"]
+    assert (row.value, row.reason) == (1, "without target and prediction the loss is 1 there, and 0 here")

@@ -109,6 +109,10 @@ def _of_keras3(batch: Batch, epsilon: float | None) -> tuple[Reduced, str]:
         return found, "up to 3.15.1 alpha multiplies false negatives and beta false positives"
     if batch.reduction == "mean_with_sample_weight":
         return found, "divides by the weights as given, not as expanded over the entries"
+    if weight is None and batch.mask is None:
+        if batch.name in _OVERLAP:
+            return found, "without target and prediction the loss is 1 there, and 0 here"
+        return found, "values become float32, probabilities are clipped to [1e-7, 1 - 1e-7]"
     return found, "weights and masks are broadcast from the last axis, so that they may meet another axis"
 
 
