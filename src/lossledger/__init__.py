@@ -17,6 +17,7 @@ _HOME = {
     "Tally": "lossledger.tally",
     "add_loss": "lossledger.objective",
     "callbacks": "lossledger.training.callbacks",
+    "check": "lossledger.explain.checks.run",
     "compare": "lossledger.conventions.compare",
     "conventions": "lossledger.conventions",
     "errors": "lossledger.errors",
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "add_loss",
     "callbacks",
+    "check",
     "compare",
     "conventions",
     "errors",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from lossledger import conventions, errors, explain, losses, metrics, regularizers, report
     from lossledger.batch import Batch
     from lossledger.conventions.compare import compare
+    from lossledger.explain.checks.run import check
     from lossledger.explain.fingerprint import fingerprint
     from lossledger.ledger import Ledger
     from lossledger.objective import Objective, Outputs, add_loss

@@ -1,5 +1,5 @@
 """The command line: `lossledger demo`, `lossledger report RUN`, `lossledger compare FILE`,
-`lossledger explain FILE`, `lossledger diff A B`.
+`lossledger explain FILE`, `lossledger check FILE`, `lossledger diff A B`.
 """
 
 from __future__ import annotations
@@ -125,6 +125,51 @@ def _chosen(loss: str, from_logits: bool) -> Any:
         return type(get(loss))(from_logits=True)  # type: ignore[call-arg]
     except TypeError:
         raise click.ClickException(f"{loss} has no from_logits; leave --from-logits out.") from None
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--loss", required=True, help="Name of a loss, for example mse or BinaryCrossentropy.")
+@click.option("--from-logits", is_flag=True, help="The predictions are logits.")
+@click.option("--ignore", multiple=True, help="A code to leave out; several times for several.")
+@click.option("--logged", type=float, help="The loss that another program printed for these arrays.")
+@click.option("--accumulate", default=1, show_default=True, help="Micro-batches that a loop would make of them.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(
+    file: Path,
+    loss: str,
+    from_logits: bool,
+    ignore: tuple[str, ...],
+    logged: float | None,
+    accumulate: int,
+    as_json: bool,
+) -> None:
+    """Print what looks wrong about FILE, an .npz of y_true, y_pred, sample_weight, mask, class_weight.
+
+    The exit code is 1 where there are warnings or errors.
+    """
+    import json
+
+    from lossledger.explain.checks.run import check as find
+    from lossledger.objective import Objective
+
+    case = _arrays(file)
+    objective = Objective(_chosen(loss, from_logits), class_weight=case.get("class_weight"))
+    found = find(
+        objective,
+        case["y_true"],
+        case["y_pred"],
+        case.get("sample_weight"),
+        case.get("mask"),
+        ignore,
+        logged,
+        accumulate,
+    )
+    if as_json:
+        click.echo(json.dumps([finding.to_dict() for finding in found], indent=1))
+    else:
+        click.echo("\n".join(map(str, found)) if found else "Nothing looks wrong.")
+    sys.exit(1 if any(finding.severity != "note" for finding in found) else 0)
 
 
 @main.command()

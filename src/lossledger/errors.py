@@ -4,6 +4,7 @@
 LossledgerError
 ├── InputError (ValueError)      a value, shape or range that cannot be right
 │   ├── EmptyDataError           nothing to compute a loss from
+│   ├── CheckError               what the checks of `fit` found, where findings are errors
 │   ├── UnknownNameError         a name that nobody declared, with a suggestion
 │   └── OutputNameError (KeyError)   an output that the model does not have
 ├── InputTypeError (TypeError, ValueError)   the wrong kind of object or dtype
@@ -22,7 +23,8 @@ matches on them works. Keras raises a ValueError also for objects of the wrong k
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class LossledgerError(Exception):
@@ -37,12 +39,26 @@ class EmptyDataError(InputError):
     """There is nothing to compute a loss from."""
 
 
+class CheckError(InputError):
+    """What the checks of `fit` found, where `checks="error"` makes findings errors."""
+
+
 class InputTypeError(LossledgerError, TypeError, ValueError):
     """An object of the wrong kind, or a dtype that a loss cannot take."""
 
 
 class NonFiniteError(LossledgerError, ArithmeticError):
-    """A NaN or an infinity in the loss, with the term and the samples that it came from."""
+    """A NaN or an infinity in the loss, with the term and the samples that it came from.
+
+    Args:
+        message: what happened.
+        record: the same by name, as values that JSON can hold: `step`, `rank`, `terms`, `classes`, `samples`,
+            `already_bad`.
+    """
+
+    def __init__(self, message: str, record: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.record: dict[str, Any] = dict(record or {})
 
 
 class ReplayError(LossledgerError, RuntimeError):

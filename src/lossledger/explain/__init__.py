@@ -1,7 +1,7 @@
 """Words for numbers: what a loss of one batch is made of, and what an unknown loss function reduces to.
 
 `explanation` makes frozen dataclasses from the breakdown of a batch, `text` and `html` show them; `fingerprint` probes
-a function. Rules that judge data and settings will be a module here each, `checks*.py`.
+a function. The rules that judge data and settings are in `checks`.
 
 `lossledger.explain(loss, y_true, y_pred)` explains one. The name is also that of this package, and importing any part
 of it puts the package in the place of the function, so the package itself can be called.

@@ -172,6 +172,8 @@ def _document(
         parts += [heading(run.run, 2)] if len(names) > 1 else []
         parts += [paragraph(sentence) for sentence in sentences(run.verdict)]
         parts += _run_tables(run, heading, table)
+        if run.findings:
+            parts += [heading("Checks", 3), *map(paragraph, run.findings)]
     return "\n\n".join(parts) + "\n"
 
 

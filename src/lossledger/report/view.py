@@ -119,6 +119,7 @@ class RunView:
     metrics: tuple[MetricRow, ...]
     curves: tuple[Curve, ...]
     provenance: tuple[tuple[str, str], ...]
+    findings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,10 @@ def build_view(ledger: Ledger, against: Ledger | None = None, pictures: Iterable
     return ReportView(", ".join(names), runs, compared, _comparison_note(runs), tuple(pictures))
 
 
+# What a report says of a finding of the checks, in this order.
+_FINDING = ("code", "severity", "message", "remedy")
+
+
 def _run_view(name: str, ledger: Ledger) -> RunView:
     rows = [row for row in ledger.rows if row.step is None]
     splits = [split for split in SPLITS if any(row.split == split and row.kind == "term" for row in rows)]
@@ -177,7 +182,8 @@ def _run_view(name: str, ledger: Ledger) -> RunView:
         tables=tables,
         metrics=tuple(metrics),
         curves=curves(ledger.rows, ledger.metrics),
-        provenance=tuple(_flat(ledger.info)),
+        provenance=tuple(_flat({key: value for key, value in ledger.info.items() if key != "findings"})),
+        findings=tuple(" ".join(str(f.get(k, "")) for k in _FINDING) for f in ledger.info.get("findings", ())),
     )
 
 

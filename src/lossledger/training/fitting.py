@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lossledger.batch import Batch
+from lossledger.errors import NonFiniteError
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
 from lossledger.training import boundary, loop, measure, posting
@@ -66,14 +67,17 @@ class Fitting:
         ended = bool(progress.done) and self.stopped() and not (backup is not None and backup.interrupted)
         for epoch in () if ended else self.epochs[len(progress.done) :]:
             result = self._train(epoch, show)
-            logs = dict(result.logs)
+            logs, held = dict(result.logs), None
             if self.validation is not None and (epoch + 1) % self.validation_freq == 0:
-                logs |= self._validate(self.validation, epoch, show)
+                held = self._validate(self.validation, epoch, show)
+                logs |= {f"val_{name}": value for name, value in held.logs.items()}
             for name, value in logs.items():
                 progress.history.setdefault(name, []).append(value)
             progress.done.append(epoch)
             progress.step += result.steps
             show.end(self._title(epoch), result.steps, result.seconds, logs)
+            if self.options.checks is not None:
+                self.options.checks.epoch(result.tallies, None if held is None else held.tallies)
             if self.run_dir is not None:
                 self.ledger.save(self.run_dir)
             for callback in self.options.callbacks:
@@ -84,6 +88,12 @@ class Fitting:
             if last:
                 break
         return progress.history, progress.done
+
+    def record(self, error: NonFiniteError) -> None:
+        """What the first NaN came from, kept with the run."""
+        self.ledger.info["nonfinite"] = error.record
+        if self.run_dir is not None:
+            self.ledger.save(self.run_dir)
 
     def _title(self, epoch: int) -> str:
         return f"epoch {epoch + 1}/{self.epochs.stop}"
@@ -107,11 +117,11 @@ class Fitting:
         post(self.ledger, self.plan.objective, result, "training", epoch + 1)
         return result
 
-    def _validate(self, data: Data, epoch: int, show: Show) -> dict[str, float]:
+    def _validate(self, data: Data, epoch: int, show: Show) -> loop.PassResult:
         with boundary.about_validation():
             result = evaluated(self.frozen_plan, self.metrics, data, self.options.batch_size, None, show, self.device)
         post(self.ledger, self.frozen_plan.objective, result, "validation", epoch + 1)
-        return {f"val_{name}": value for name, value in result.logs.items()}
+        return result
 
 
 def evaluated(

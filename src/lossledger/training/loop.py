@@ -19,6 +19,7 @@ from lossledger.objective import Objective
 from lossledger.tally import Tally
 from lossledger.training import posting
 from lossledger.training.callback import Callback, overrides
+from lossledger.training.checking import Checking
 from lossledger.training.data import Data
 from lossledger.training.gate import bad_elements
 from lossledger.training.measure import Measures, MetricPlan
@@ -192,6 +193,7 @@ class TrainOptions:
     callbacks: Sequence[Callback]
     after_step: Callable[[], None] | None
     backup: Backup | None = None
+    checks: Checking | None = None
 
 
 def train_epoch(
@@ -211,11 +213,13 @@ def train_epoch(
     watch, skip = options.on_nonfinite == "raise", options.on_nonfinite == "skip"
     windows = iter(lambda: tuple(itertools.islice(batches, options.accumulate)), ())
     observe = current.observe
-    for index, host in enumerate(windows, current.steps):
+    first = observe if options.checks is None else options.checks.with_first(observe)
+    observers = itertools.chain((first,), itertools.repeat(observe))
+    for index, (host, observer) in enumerate(zip(windows, observers, strict=False), current.steps):
         window = tuple(map(to_device, host, itertools.repeat(device)))
         for callback in begin:
             callback.on_train_batch_begin(index, {})
-        done = train_step(plan, window, options.by, options.checked, observe)
+        done = train_step(plan, window, options.by, options.checked, observer)
         tallies = without_bad(done.tallies, done.bad) if skip and done.bad is not None else done.tallies
         current.add(tallies, done, skip)
         if options.after_step is not None:

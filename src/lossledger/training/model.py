@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lossledger.batch import Batch, to_device
-from lossledger.errors import InputError
+from lossledger.errors import InputError, NonFiniteError
 from lossledger.forward import Recipe
 from lossledger.integrations import compiled_arguments, forward_of
 from lossledger.ledger import Ledger
@@ -20,6 +20,7 @@ from lossledger.objective import plan as planning
 from lossledger.training import backup, boundary, loop, prediction, weights
 from lossledger.training.average import Average
 from lossledger.training.callbacks import as_callbacks
+from lossledger.training.checking import checking
 from lossledger.training.compiled import Compiled, Settings, built, resolved
 from lossledger.training.data import Data, array_data, make_data
 from lossledger.training.fitting import Fitting, evaluated, post
@@ -197,6 +198,8 @@ class Model:
         run_dir: str | Path | None = None,
         resume: bool = False,
         seed: int | None = None,
+        checks: str = "warn",
+        ignore_checks: Sequence[str] = (),
     ) -> History:
         """Train.
 
@@ -224,6 +227,9 @@ class Model:
             resume: go on with the run in `run_dir` from its newest checkpoint, as if it had not been interrupted; an
                 empty folder starts a new one. Weights, optimizer, random states and order come from the checkpoint.
             seed: of the order of the samples; drawn from torch's generator if not given.
+            checks: "warn" prints what looks wrong about loss, data and weights, each thing once; "error" raises it;
+                "off". Findings are kept as `ledger.info["findings"]`.
+            ignore_checks: codes to leave out, see `docs/checks`.
 
         Returns:
             the history, with the ledger.
@@ -279,6 +285,7 @@ class Model:
             ),
         )
         self.ledger = Ledger("run" if run_dir is None else Path(run_dir).name, made) if ledger is None else ledger
+        show = Show(verbose)
         fitting = Fitting(
             plan=plan,
             frozen_plan=compiled.plan,
@@ -296,6 +303,7 @@ class Model:
                 callbacks=calls,
                 after_step=average.update if settings.ema is not None else None,
                 backup=saving,
+                checks=checking(checks, ignore_checks, plan.objective, self.ledger, show),
             ),
             device=self._device(),
             epochs=range(initial_epoch, epochs),
@@ -307,7 +315,7 @@ class Model:
             progress=progress,
         )
         params_of_callbacks = {**params, "validation": held is not None, "resumed": found is not None}
-        return History(*self._run(fitting, Show(verbose), params_of_callbacks, average), self.ledger, params)
+        return History(*self._run(fitting, show, params_of_callbacks, average), self.ledger, params)
 
     def _check(self, plan: StepPlan, data: Data, held: Data | None) -> None:
         boundary.check_targets(plan, data, self._device())
@@ -330,6 +338,9 @@ class Model:
         try:
             with show, training(self.net):
                 return fitting.run(show)
+        except NonFiniteError as error:
+            fitting.record(error)
+            raise
         finally:
             average.install()
             for callback in callbacks:

@@ -90,6 +90,15 @@ class Show:
         if self._progress is not None:
             self._progress.stop()
 
+    def say(self, text: str) -> None:
+        """A line that stays, above a bar that runs."""
+        if self._style == "silent":
+            return
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)
+
     def begin(self, title: str, steps: int | None) -> None:
         """A new epoch or pass of so many steps."""
         if self._progress is None:

@@ -30,6 +30,10 @@ def nonfinite_error(
     """
     bad = {name: int(t.nonfinite) for name, t in tallies.items() if int(t.nonfinite) > 0}
     terms = ", ".join(f"{name!r} ({count:,} {'element' if count == 1 else 'elements'})" for name, count in bad.items())
+    rank = (
+        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    )
+    record: dict[str, Any] = {"step": step, "rank": rank, "terms": bad, "samples": [], "already_bad": []}
     if bad:
         message = f"step {step}: the loss is not finite; expected finite elements, received NaN or infinity in {terms}."
     else:
@@ -43,16 +47,22 @@ def nonfinite_error(
                 objective.align(batch.y, outputs, batch.sample_weight, batch.mask)
             except LossledgerError as better:
                 return better
-            message += _samples(objective, batch, outputs, set(bad))
-        message += _already_bad(batch, outputs)
+            found = _samples(objective, batch, outputs, set(bad))
+            record["samples"] = found.tolist()
+            message += _said(found, batch)
+        record["already_bad"] = _already_bad(batch, outputs)
+    classes = _classes(objective, tallies)
+    message += f" Classes: {', '.join(classes[:8])}{', …' if len(classes) > 8 else ''}." if classes else ""
+    message += f" Already not finite: {', '.join(record['already_bad'])}." if record["already_bad"] else ""
     return NonFiniteError(
         message + " The weights were not updated with this step. Look at those samples, lower the learning rate, or "
-        "set clip_norm; on_nonfinite='skip' leaves such steps out."
+        "set clip_norm; on_nonfinite='skip' leaves such steps out.",
+        record | {"classes": classes},
     )
 
 
-def _samples(objective: Objective, batch: Batch, outputs: Any, terms: set[str]) -> str:
-    """Which samples of the batch have non-finite elements."""
+def _samples(objective: Objective, batch: Batch, outputs: Any, terms: set[str]) -> Tensor:
+    """Samples of the batch with non-finite elements: indices of the data set where they are known, or positions."""
     batches, _, size = objective.align(batch.y, outputs, batch.sample_weight, batch.mask, checked=True)
     for plan, aligned in zip(objective.terms, batches, strict=True):
         if plan.name not in terms:
@@ -63,14 +73,34 @@ def _samples(objective: Objective, batch: Batch, outputs: Any, terms: set[str]) 
                 found |= ~torch.isfinite(tensor.detach().float()).reshape(size, -1).all(1).cpu()
         positions = found.nonzero().flatten()
         if len(positions):
-            named = "data set indices" if batch.ids is not None else "positions in the batch"
-            ids = positions if batch.ids is None else batch.ids[positions]
-            shown = ", ".join(str(int(i)) for i in ids[:8]) + (", …" if len(ids) > 8 else "")
-            return f" Bad samples: {len(positions)} of {size} ({named} {shown})."
-    return ""
+            return positions if batch.ids is None else batch.ids[positions]
+    return torch.zeros(0, dtype=torch.int64)
 
 
-def _already_bad(batch: Batch, outputs: Any) -> str:
+def _said(samples: Tensor, batch: Batch) -> str:
+    """The samples in words."""
+    if not len(samples):
+        return ""
+    named = "data set indices" if batch.ids is not None else "positions in the batch"
+    shown = ", ".join(str(int(i)) for i in samples[:8]) + (", …" if len(samples) > 8 else "")
+    return f" Bad samples: {len(samples)} of {batch.size} ({named} {shown})."
+
+
+def _classes(objective: Objective, tallies: dict[str, Tally]) -> list[str]:
+    """Classes whose totals are not finite, where the loss has several."""
+    names: dict[str, None] = {}
+    for tally in tallies.values():
+        groups = tally.groups
+        if groups is None or groups.keys is None:
+            continue
+        several = len({key for key, _ in groups.keys})
+        for (key, _), total in zip(groups.keys, groups.total, strict=True):
+            if several > 1 and not bool(torch.isfinite(torch.as_tensor(total))):
+                names[objective.group_name(key, several)] = None
+    return list(names)
+
+
+def _already_bad(batch: Batch, outputs: Any) -> list[str]:
     """What was not finite before the loss saw it."""
     parts = (
         ("x", batch.x),
@@ -78,8 +108,7 @@ def _already_bad(batch: Batch, outputs: Any) -> str:
         ("sample_weight", batch.sample_weight),
         ("the output of the model", unpacked(outputs)[0]),
     )
-    bad = [name for name, value in parts if any(_bad(t) for t in leaves(value))]
-    return f" Already not finite: {', '.join(bad)}." if bad else ""
+    return [name for name, value in parts if any(_bad(t) for t in leaves(value))]
 
 
 def _bad(tensor: Any) -> bool:
