@@ -152,3 +152,15 @@ def test_public_names_have_docstrings(module: str, name: str) -> None:
             if not method.startswith("_") and inspect.isfunction(function) and not (function.__doc__ or "").strip():
                 missing.append(f"{name}.{method}")
     assert not missing
+
+
+def test_our_cells_lead_to_tests() -> None:
+    """Each claim about us in the tables of the README has a link to what checks it, and the count is right."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## What works today") : text.index("## What comes next")]
+    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    claims = [row[1] for row in rows if not row[1].strip().startswith("lossledger")]
+    assert len(claims) > 20
+    assert not [claim for claim in claims if not re.search(r"\]\((tests|docs)/", claim)]
+    named = {kind.__name__ for kind in losses.registry.NAMES.values()}
+    assert f"[{len(named)}](" in claims[0]
