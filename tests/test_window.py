@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 
 import numpy as np
@@ -17,7 +16,6 @@ import inputs
 import lossledger as ll
 from declarations import AXES, OVERLAPS, REDUCTIONS, ROWS
 from lossledger.forward import run_forward
-from lossledger.window import Window, running
 
 L = ll.losses
 LOGITS = {"from_logits": True}
@@ -698,52 +696,3 @@ def test_the_graph_of_one_micro_batch_is_in_memory(loss):
 
     assert most(1)[0] == most(12)[0] == 1
     assert most(12)[1] <= most(1)[1]
-
-
-class Ranks:
-    """Processes played by threads."""
-
-    def __init__(self, size):
-        self.size, self.barrier = size, threading.Barrier(size, timeout=30)
-        self.flats = {}
-
-    def sum_(self, flat):
-        self.flats[threading.get_ident()] = flat
-        self.barrier.wait()
-        total = sum(self.flats.values())
-        self.barrier.wait()
-        return total
-
-
-LINKED = L.FocalTversky(from_logits="sigmoid", grouping="class", absent="skip")
-POOLED = L.GeneralizedDice(from_logits="sigmoid", grouping="all")
-
-
-@pytest.mark.parametrize("loss", [bce, dice, bce + L.Dice(from_logits="sigmoid", axis=0), LINKED + POOLED])
-@pytest.mark.parametrize("stops", [(6,), (1,)])
-def test_windows_of_a_group_of_processes_share_what_divides(loss, stops):
-    x, y = points()
-    whole = mlp()
-    objective = ll.Objective(loss, regularizers={"*.weight": "l2"})
-    expected = objective.step([(x, y)], whole)
-    ranks, nets, found = Ranks(2), [mlp(), mlp()], {}
-    shares = [cut(x[: stops[0]], y[: stops[0]]), cut(x[stops[0] :], y[stops[0] :], 1, 3)]
-
-    def run(rank):
-        batches = [ll.Batch(*b) for b in shares[rank]]
-        net = nets[rank]
-        with running(Window(objective, batches, net, objective.bound(net), None, False, ranks)) as window:
-            for batch in window:
-                window.backward(net(batch.x))
-        found[rank] = window.tallies
-
-    threads = [threading.Thread(target=run, args=(r,)) for r in range(2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(timeout=60)
-    for plan in objective.terms:
-        total = found[0][plan.name] + found[1][plan.name]
-        torch.testing.assert_close(total.value, expected.terms[plan.name].value, rtol=1e-12, atol=0)
-    for a, b, e in zip(*(n.parameters() for n in nets), whole.parameters(), strict=True):
-        torch.testing.assert_close(a.grad + b.grad, e.grad, rtol=1e-11, atol=1e-15)

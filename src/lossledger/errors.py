@@ -9,6 +9,7 @@ LossledgerError
 │   └── OutputNameError (KeyError)   an output that the model does not have
 ├── InputTypeError (TypeError, ValueError)   the wrong kind of object or dtype
 ├── ReplayError (RuntimeError)    the second round of a window is not the first again
+├── RankError (RuntimeError)      another rank of a training failed or did not answer
 ├── NonFiniteError (ArithmeticError)   a NaN or an infinity, with the term and the samples it came from
 ├── LedgerError (ValueError)     a run folder or segment that cannot be read
 └── CheckpointError (ValueError) a run that cannot be resumed, with what is damaged or differs
@@ -63,6 +64,10 @@ class NonFiniteError(LossledgerError, ArithmeticError):
 
 class ReplayError(LossledgerError, RuntimeError):
     """The second round of a window gives other statistics than the first: the model is not the same function."""
+
+
+class RankError(LossledgerError, RuntimeError):
+    """Another rank of a distributed training failed, was killed or did not answer in time."""
 
 
 class LedgerError(LossledgerError, ValueError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from typing import Any, ClassVar, final
 
 import torch
@@ -128,17 +129,30 @@ class TorchMetric(Stateful):
             )
         return labels
 
-    def compute(self) -> Result:
+    @property
+    def updated(self) -> bool:
+        """Whether a batch has come since the last reset."""
+        return self._updated
+
+    def compute(self, over_ranks: bool = False) -> Result:
         """The value of all batches since the last reset; NaN when there were none.
+
+        Args:
+            over_ranks: count the batches of all ranks, which must all call this; otherwise no other rank is asked.
 
         A vector is taken as one value a class, and `value` as the mean of those that are not NaN.
 
         Raises:
             InputTypeError: the metric computes something else than numbers in one row.
         """
-        if not self._updated:
+        if not self._updated and not over_ranks:
             return Result(math.nan)
-        value = self.metric.compute()
+        # By default torchmetrics asks other ranks wherever torch.distributed runs, and would wait for them.
+        self.metric.sync_on_compute = over_ranks
+        with warnings.catch_warnings():
+            # Another rank may have the only batches.
+            warnings.filterwarnings("ignore", "The ``compute`` method of metric")
+            value = self.metric.compute()
         if not isinstance(value, Tensor) or value.ndim > 1:
             raise InputTypeError(
                 f"{self.name}: expected a scalar or one value a class from torchmetrics, received "

@@ -109,7 +109,9 @@ class Objective:
 
     # --- a window of micro-batches -----------------------------------------------------------------------------
 
-    def step(self, batches: Iterable[Any], net: nn.Module, by: str | None = "class") -> Breakdown:
+    def step(
+        self, batches: Iterable[Any], net: nn.Module, by: str | None = "class", process_group: Any = None
+    ) -> Breakdown:
         """Forward and backward of a whole accumulation window: the gradient of one big batch.
 
         Gradients are added to `.grad`, as `backward` does; the optimizer is yours.
@@ -118,6 +120,7 @@ class Objective:
             batches: `Batch`es, `(x, y)` or `(x, y, sample_weight)`, of any sizes.
             net: the model; its inputs go as in `Model`: a dict by keyword, a tuple by position.
             by: groups of the breakdown, see `window`.
+            process_group: see `window`.
 
         Returns:
             the breakdown of the window, detached.
@@ -134,14 +137,19 @@ class Objective:
             True
         """
         # Rooms above this one are entered when somebody asks for a window.
-        call = importlib.import_module("lossledger.integrations").forward_of(net).call
-        with self.window(batches, net, by) as window:
+        unwrapped = importlib.import_module("lossledger.distributed").unwrapped
+        call = importlib.import_module("lossledger.integrations").forward_of(unwrapped(net)).call
+        with self.window(batches, net, by, process_group) as window:
             for batch in window:
                 window.backward(call(batch.x))
         return window.breakdown
 
     def window(
-        self, batches: Iterable[Any], model: nn.Module | None = None, by: str | None = "class"
+        self,
+        batches: Iterable[Any],
+        model: nn.Module | None = None,
+        by: str | None = "class",
+        process_group: Any = None,
     ) -> AbstractContextManager[Window]:
         """The open form of `step`: a window of micro-batches whose gradient is that of one big batch.
 
@@ -155,6 +163,8 @@ class Objective:
                 put back when something fails. Not needed for plain modules without regularizers.
             by: groups of the breakdown: `"class"`, `"sample"`, `"column"`, `"label"`, `"group"` (the ids that the
                 batches carry) or `None`.
+            process_group: the ranks that share the window, where torch.distributed runs: each gives micro-batches of
+                its own, any number of them, or none. A process group or a mesh of one dimension; all ranks if `None`.
 
         Raises:
             EmptyDataError: no batch.
@@ -172,7 +182,7 @@ class Objective:
             >>> bool(torch.isclose(window.breakdown.total, dice(y, net(x))))
             True
         """
-        return importlib.import_module("lossledger.window").opened(self, batches, model, by)  # type: ignore[no-any-return]
+        return importlib.import_module("lossledger.window").opened(self, batches, model, by, process_group)  # type: ignore[no-any-return]
 
     def align(
         self, y_true: Any, y_pred: Any, sample_weight: Any = None, mask: Any = None, checked: bool = False
@@ -196,7 +206,7 @@ class Objective:
             batch = plan.loss.align(
                 trues[key], preds[key], weights.get(key), masks.get(key), classes, plan.name, checked
             )
-            batches.append(_shared(batch, batches))
+            batches.append(planning.shared(batch, batches))
         return batches
 
     def _class_weight(self, plan: TermPlan, y_pred: Any) -> ClassWeight | None:
@@ -439,11 +449,3 @@ def _samples(batches: list[Aligned]) -> int:
     """Number of samples of a batch."""
     first = batches[0].prediction.raw
     return int(first.shape[0]) if first.ndim else 1
-
-
-def _shared(batch: Aligned, others: list[Aligned]) -> Aligned:
-    """The batch with the activations of another term that reads the very same output."""
-    for other in others:
-        if other.prediction.raw is batch.prediction.raw:
-            return replace(batch, prediction=other.prediction)
-    return batch

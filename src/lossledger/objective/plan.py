@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from lossledger import losses, regularizers
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
+from lossledger.losses.aligned import Aligned
 from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
 from lossledger.regularizers import Regularizer
@@ -56,6 +57,9 @@ class Penalty:
         total = self.regularizer(self.parameters[0])
         for parameter in self.parameters[1:]:
             total = total + self.regularizer(parameter)
+        if hasattr(total, "full_tensor"):
+            # Of sharded parameters: each rank has its part of the sum.
+            total = total.full_tensor()
         return Tally(total, 1, 1, 1, nonfinite=not_finite(total.detach()).sum())
 
 
@@ -202,3 +206,11 @@ def penalties(given: Mapping[str, Any] | None) -> tuple[PenaltyPlan, ...]:
         name = regularizer.name if pattern == "*" else f"{regularizer.name}/{pattern}"
         plans.append(PenaltyPlan(name, regularizer, str(pattern)))
     return tuple(plans)
+
+
+def shared(batch: Aligned, others: list[Aligned]) -> Aligned:
+    """The batch with the activations of another term that reads the very same output."""
+    for other in others:
+        if other.prediction.raw is batch.prediction.raw:
+            return replace(batch, prediction=other.prediction)
+    return batch

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lossledger.distributed import local
+
 
 class Average:
     """The average of the parameters, updated after each step and installed at the end.
@@ -24,9 +26,9 @@ class Average:
         """Take in the parameters as they are now."""
         assert self._decay is not None
         if not self._average:
-            self._average = [p.detach().clone() for p in self._parameters]
+            self._average = [local(p.detach()).clone() for p in self._parameters]
             return
-        torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - self._decay)
+        torch._foreach_lerp_(self._average, [local(p.detach()) for p in self._parameters], 1 - self._decay)
 
     def state_dict(self) -> list[Tensor]:
         """The average; empty before the first step."""
@@ -40,4 +42,4 @@ class Average:
         """Put the average in the place of the parameters; before the first step there is none."""
         with torch.no_grad():
             for parameter, average in zip(self._parameters, self._average, strict=False):
-                parameter.copy_(average)
+                local(parameter).copy_(average)

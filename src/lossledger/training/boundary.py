@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lossledger.batch import Batch, leaves, to_device
+from lossledger.distributed import at_rest
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, LossledgerError, UnknownNameError
 from lossledger.forward import run_forward
 from lossledger.objective import unpacked
@@ -116,6 +117,7 @@ def check_targets(plan: StepPlan, data: Data, device: torch.device) -> None:
     probe = to_device(next(iter(data.part(0, min(2, data.length)).batches(2, None))), device)
     with evaluating(plan.net), torch.no_grad():
         outputs = run_forward(plan.forward, probe.x, plan.autocast, device.type)
+    at_rest(plan.net)
     found = objective.split(unpacked(outputs)[0], "y_pred")
     # What a model returns beside the outputs with a loss is its own business.
     for name in dict.fromkeys(term.output for term in objective.terms):

@@ -227,8 +227,10 @@ class CSVLogger(Callback):
         self._columns: list[str] | None = None
 
     def on_train_begin(self, logs: Logs) -> None:
-        """Open the file."""
+        """Open the file, on one rank."""
         self._columns = None
+        if not self.model.writes:
+            return
         if self.append and self.filename.exists():
             with self.filename.open(newline="") as existing:
                 self._columns = next(csv.reader(existing, delimiter=self.separator), None)
@@ -259,6 +261,8 @@ class CSVLogger(Callback):
 
     def on_epoch_end(self, epoch: int, logs: Logs) -> None:
         """Write one line."""
+        if not self.model.writes:
+            return
         assert self._file is not None
         writer = csv.writer(self._file, delimiter=self.separator)
         columns = ["epoch", *logs]

@@ -52,13 +52,14 @@ class ArrayData:
     def batches(self, batch_size: int, order: Tensor | None, taken: int = 0) -> Iterator[Batch]:
         """The batches of an epoch but the first `taken`, in the given order of the samples; the last may be smaller."""
         for start in range(taken * batch_size, self.length, batch_size):
-            stop = min(start + batch_size, self.length)
-            if order is None:
-                ids = torch.arange(start, stop)
-                yield self._batch(_slicer(start, stop), ids)
-            else:
-                ids = order[start:stop]
-                yield self._batch(_picker(ids), ids)
+            yield self.between(start, min(start + batch_size, self.length), order)
+
+    def between(self, start: int, stop: int, order: Tensor | None) -> Batch:
+        """The batch of the samples from `start` to `stop` of the given order."""
+        if order is None:
+            return self._batch(_slicer(start, stop), torch.arange(start, stop))
+        ids = order[start:stop]
+        return self._batch(_picker(ids), ids)
 
     def _batch(self, take: Callable[[Tensor], Tensor], ids: Tensor) -> Batch:
         return Batch(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lossledger.batch import Batch
+from lossledger.distributed import Group, same_buffers, together
 from lossledger.errors import NonFiniteError
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
@@ -18,6 +17,7 @@ from lossledger.training.backup import Progress
 from lossledger.training.data import Data, order_of
 from lossledger.training.measure import MetricPlan
 from lossledger.training.progress import Show
+from lossledger.training.sharing import alone, turns
 from lossledger.training.step import StepPlan
 
 
@@ -41,6 +41,7 @@ class Fitting:
         run_dir: where the ledger is written after every epoch, if anywhere.
         stopped: whether a callback ended the training.
         progress: how far a resumed run was.
+        group: the ranks that share the data.
     """
 
     plan: StepPlan
@@ -58,6 +59,7 @@ class Fitting:
     run_dir: str | Path | None
     stopped: Callable[[], bool]
     progress: Progress
+    group: Group
 
     def run(self, show: Show) -> tuple[dict[str, list[float]], list[int]]:
         """All epochs, or those that a resumed run lacks: the numbers by name, and the epochs that ran."""
@@ -78,11 +80,11 @@ class Fitting:
             show.end(self._title(epoch), result.steps, result.seconds, logs)
             if self.options.checks is not None:
                 self.options.checks.epoch(result.tallies, None if held is None else held.tallies)
-            if self.run_dir is not None:
-                self.ledger.save(self.run_dir)
+            together(self.group, self._save)
             for callback in self.options.callbacks:
                 callback.on_epoch_end(epoch, logs)
-            last = self.stopped() or epoch == self.epochs[-1]
+            stopped = any(stop for (stop,) in self.group.agree(int(self.stopped())))
+            last = stopped or epoch == self.epochs[-1]
             if backup is not None:
                 backup.end_epoch(last)
             if last:
@@ -92,7 +94,11 @@ class Fitting:
     def record(self, error: NonFiniteError) -> None:
         """What the first NaN came from, kept with the run."""
         self.ledger.info["nonfinite"] = error.record
-        if self.run_dir is not None:
+        self._save()
+
+    def _save(self) -> None:
+        # All ranks hold the same ledger; one writes it.
+        if self.run_dir is not None and self.group.rank == 0:
             self.ledger.save(self.run_dir)
 
     def _title(self, epoch: int) -> str:
@@ -105,21 +111,24 @@ class Fitting:
                 callback.on_epoch_begin(epoch, {})
         steps = self.data.steps(options.batch_size) if options.steps is None else options.steps
         show.begin(self._title(epoch), boundary.updates_of(steps, options.accumulate))
-        current = loop.Pass(self.plan.objective, self.metrics, self.device, show)
+        current = loop.Pass(self.plan.objective, self.metrics, self.device, show, self.group)
         length = self.data.length
         order = order_of(length, self.seed, epoch) if length is not None and self.shuffled else None
-        batches: Iterator[Batch]
         if backup is None:
-            batches = itertools.islice(self.data.batches(options.batch_size, order), options.steps)
+            windows = turns(
+                self.data, options.batch_size, options.accumulate, options.steps, order, self.group, current.is_due
+            )
         else:
-            batches = backup.batches(options.batch_size, order, options.steps, current)
-        result = loop.train_epoch(self.plan, batches, options, current, self.progress.step)
+            windows = alone(backup.batches(options.batch_size, order, options.steps, current), options.accumulate)
+        result = loop.train_epoch(self.plan, windows, options, current, self.progress.step)
+        same_buffers(self.group, self.plan.net)
         post(self.ledger, self.plan.objective, result, "training", epoch + 1)
         return result
 
     def _validate(self, data: Data, epoch: int, show: Show) -> loop.PassResult:
         with boundary.about_validation():
-            result = evaluated(self.frozen_plan, self.metrics, data, self.options.batch_size, None, show, self.device)
+            size = self.options.batch_size
+            result = evaluated(self.frozen_plan, self.metrics, data, size, None, show, self.device, self.group)
         post(self.ledger, self.frozen_plan.objective, result, "validation", epoch + 1)
         return result
 
@@ -132,10 +141,11 @@ def evaluated(
     steps: int | None,
     show: Show,
     device: torch.device,
+    group: Group,
 ) -> loop.PassResult:
     """One pass over data while the weights stand still."""
     show.begin("evaluate", data.steps(batch_size) if steps is None else steps)
-    current = loop.Pass(plan.objective, metrics, device, show)
+    current = loop.Pass(plan.objective, metrics, device, show, group)
     return loop.evaluate_pass(plan, data, batch_size, steps, current, boundary.checked_at_once(data, device))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lossledger.distributed import local
 from lossledger.tally import Tally
 from lossledger.values import not_finite
 
@@ -41,7 +42,9 @@ class Gate:
         self._buffers = list(running)
         self._kept: list[Tensor] = []
         prefer_fused(net, optimizer)
-        self._fused = all(group.get("fused") for group in optimizer.param_groups)
+        # The flag is a plain tensor, which kernels do not take beside sharded parameters.
+        whole = all(local(p) is p for p in parameters)
+        self._fused = whole and all(group.get("fused") for group in optimizer.param_groups)
 
     def before_forward(self) -> None:
         """Keep the buffers as they are."""
@@ -65,7 +68,8 @@ class Gate:
         for parameter in self._parameters:
             # State that this very step makes has nothing to go back to: it must at least be finite.
             if parameter.grad is not None and not parameter.grad.is_sparse:
-                parameter.grad = torch.where(bad, torch.zeros_like(parameter.grad), parameter.grad)
+                gradient = local(parameter.grad)
+                gradient.copy_(torch.where(bad, torch.zeros_like(gradient), gradient))
         self._optimizer.step()
         with torch.no_grad():
             for now, kept in zip(self._changing(), before, strict=False):
@@ -73,10 +77,10 @@ class Gate:
 
     def _changing(self) -> list[Tensor]:
         """Parameters, then the tensors of the optimizer's state, in an order that only grows."""
-        found: list[Tensor] = list(self._parameters)
+        found: list[Tensor] = [local(p) for p in self._parameters]
         for parameter in self._parameters:
             state = self._optimizer.state.get(parameter, {})
-            found += [value for value in state.values() if isinstance(value, Tensor)]
+            found += [local(value) for value in state.values() if isinstance(value, Tensor)]
         return found
 
 
@@ -86,7 +90,7 @@ def prefer_fused(net: nn.Module, optimizer: Optimizer) -> None:
     if type(optimizer) not in _HAVE_FUSED_KERNELS or optimizer.state or sparse:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    fits = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    fits = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") and local(p) is p for p in parameters)
     chosen = any(
         group.get(name) for group in optimizer.param_groups for name in ("foreach", "capturable", "differentiable")
     )
@@ -107,6 +111,6 @@ def bad_elements(tallies: dict[str, Tally]) -> Tensor:
 
 def bad_gradient(parameters: tuple[nn.Parameter, ...]) -> Tensor:
     """Whether any gradient is not finite, on the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     norms = torch._foreach_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
     return not_finite(torch.stack(norms).sum())

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lossledger.batch import Batch, to_device
-from lossledger.errors import EmptyDataError
+from lossledger.distributed import ALONE, Group, at_rest, in_lockstep, is_sharded
+from lossledger.errors import EmptyDataError, LossledgerError, NonFiniteError
 from lossledger.forward import run_forward
 from lossledger.objective import Objective
 from lossledger.tally import Tally
@@ -26,9 +27,10 @@ from lossledger.training.measure import Measures, MetricPlan
 from lossledger.training.modes import evaluating
 from lossledger.training.progress import Show
 from lossledger.training.running import Running
+from lossledger.training.sharing import Turn, in_order, merged_sums, own_batches, turns
 from lossledger.training.step import Observe, StepPlan, StepResult, train_step
 from lossledger.training.trace import nonfinite_error
-from lossledger.window import check_replay
+from lossledger.window import check_replay, padded
 
 if TYPE_CHECKING:
     from lossledger.training.backup import Backup
@@ -65,10 +67,19 @@ class Pass:
         plans: the metrics.
         device: of the model.
         show: the progress display.
+        group: the ranks whose sums a log point adds up.
     """
 
-    def __init__(self, objective: Objective, plans: tuple[MetricPlan, ...], device: torch.device, show: Show) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        plans: tuple[MetricPlan, ...],
+        device: torch.device,
+        show: Show,
+        group: Group = ALONE,
+    ) -> None:
         self.objective = objective
+        self.group = group
         self.running = Running(device)
         self.measures = Measures(objective, plans)
         self._measured = bool(plans)
@@ -130,6 +141,10 @@ class Pass:
         """Whether a log point has come."""
         return time.perf_counter() - self._logged >= LOG_SECONDS
 
+    def is_due(self) -> bool:
+        """As `due`, to be asked later."""
+        return self.due
+
     def log(self) -> dict[str, Tally]:
         """A log point: read the sums and show them."""
         tallies = self.running.read()
@@ -139,20 +154,28 @@ class Pass:
         return tallies
 
     def current(self) -> dict[str, float]:
-        """The numbers so far, read now; `last` is the loss of the last batch alone."""
+        """The numbers so far of this rank, read now; `last` is the loss of the last batch alone."""
         return self._shown(self.running.read())
 
     def _shown(self, tallies: dict[str, Tally]) -> dict[str, float]:
-        moving = posting.logs(self.objective, tallies)
-        last = posting.logs(self.objective, self._last)["loss"]
-        return {"loss": moving.pop("loss"), "last": last, **moving, **self._metric_values()}
+        # A rank without data in this step, or until now, has no numbers of its own.
+        moving = posting.logs(self.objective, tallies) if tallies else {}
+        last = {"last": posting.logs(self.objective, self._last)["loss"]} if self._last else {}
+        loss = {"loss": moving.pop("loss")} if moving else {}
+        return {**loss, **last, **moving, **self._metric_values()}
 
     def result(self) -> PassResult:
-        """The sums of the whole pass."""
-        tallies = self.running.read()
-        measured = self.measures.read()
+        """The sums of the whole pass, over all ranks."""
+        group = self.group
+        tallies = in_order(self.objective, merged_sums(group.gather(self.running.read())))
+        measured = self.measures.read(group)
         logs = posting.logs(self.objective, tallies) | {name: r.value for name, r in measured.items()}
-        return PassResult(tallies, logs, measured, self.steps, time.perf_counter() - self.started)
+        steps = max(steps for (steps,) in group.agree(self.steps))
+        return PassResult(tallies, logs, measured, steps, time.perf_counter() - self.started)
+
+    def empty(self) -> bool:
+        """Whether no rank had a batch."""
+        return not any(steps for (steps,) in self.group.agree(self.steps))
 
     def _metric_values(self) -> dict[str, float]:
         return {name: result.value for name, result in self.measures.read().items()}
@@ -197,7 +220,7 @@ class TrainOptions:
 
 
 def train_epoch(
-    plan: StepPlan, batches: Iterator[Batch], options: TrainOptions, current: Pass, first_step: int
+    plan: StepPlan, windows: Iterator[Turn], options: TrainOptions, current: Pass, first_step: int
 ) -> PassResult:
     """One epoch of training, or the rest of one that was interrupted: `current` knows how far it was.
 
@@ -211,15 +234,16 @@ def train_epoch(
     longest = max(1, RECENT // options.accumulate)
     recent: deque[tuple[int, tuple[Batch, ...], StepResult]] = deque(maxlen=longest)
     watch, skip = options.on_nonfinite == "raise", options.on_nonfinite == "skip"
-    windows = iter(lambda: tuple(itertools.islice(batches, options.accumulate)), ())
+    group = current.group
     observe = current.observe
     first = observe if options.checks is None else options.checks.with_first(observe)
     observers = itertools.chain((first,), itertools.repeat(observe))
-    for index, (host, observer) in enumerate(zip(windows, observers, strict=False), current.steps):
-        window = tuple(map(to_device, host, itertools.repeat(device)))
+    for index, (turn, observer) in enumerate(zip(windows, observers, strict=False), current.steps):
+        window = tuple(map(to_device, turn.batches, itertools.repeat(device)))
+        spare = None if turn.spare is None else to_device(turn.spare, device)
         for callback in begin:
             callback.on_train_batch_begin(index, {})
-        done = train_step(plan, window, options.by, options.checked, observer)
+        done = train_step(plan, window, options.by, options.checked, observer, turn.share, spare)
         tallies = without_bad(done.tallies, done.bad) if skip and done.bad is not None else done.tallies
         current.add(tallies, done, skip)
         if options.after_step is not None:
@@ -227,7 +251,7 @@ def train_epoch(
         if watch:
             # Outputs are made again if they are asked for: kept, they would hold the memory of many batches.
             recent.append((first_step + index, window, done))
-        if current.due or len(recent) == longest:
+        if (current.due if group.size == 1 else turn.due) or len(recent) == longest:
             current.log()
             current.check_replays()
             if watch:
@@ -241,7 +265,7 @@ def train_epoch(
                 stop_if_bad(plan, current, recent)
                 recent.clear()
             options.backup.write(current)
-    if current.steps == 0:
+    if current.empty():
         raise EmptyDataError(
             "fit: the data gave no batch in this epoch; expected at least one. A generator is exhausted after one "
             "pass: pass a list, a DataLoader, or an object whose __iter__ starts over."
@@ -262,8 +286,21 @@ def stop_if_bad(plan: StepPlan, current: Pass, recent: Sequence[tuple[int, tuple
         return
     for step, window, done in recent:
         if done.bad is not None and bool(done.bad):
-            batch, outputs = _first_bad(plan, window)
-            raise nonfinite_error(plan.objective, step, done.tallies, batch, outputs)
+            # The forward of a sharded model is that of all ranks: it is not run again for one of them.
+            again = bool(window) and not is_sharded(plan.net)
+            batch, outputs = _first_bad(plan, window) if again else (None, None)
+            error = nonfinite_error(plan.objective, step, done.tallies, batch, outputs)
+            raise _of_the_cause(current.group, error, any(int(t.nonfinite) for t in done.tallies.values()))
+
+
+def _of_the_cause(group: Group, error: LossledgerError, here: bool) -> LossledgerError:
+    """The error of the first rank whose own loss is not finite; all ranks stop at the same step."""
+    if group.size == 1:
+        return error
+    found = group.gather((here, str(error), getattr(error, "record", None)))
+    rank = next((rank for rank, (bad, *_) in enumerate(found) if bad), 0)
+    _, text, record = found[rank]
+    return error if rank == group.rank else NonFiniteError(f"rank {rank}: {text}", record)
 
 
 def _first_bad(plan: StepPlan, window: tuple[Batch, ...]) -> tuple[Batch, Any]:
@@ -320,9 +357,13 @@ def evaluate_pass(
     objective = plan.objective
     recent: deque[tuple[Batch, dict[str, Tally], Any]] = deque(maxlen=RECENT)
     observe = current.observe
+    group = current.group
     with torch.no_grad(), evaluating(plan.net):
-        for host in itertools.islice(data.batches(batch_size, None), steps):
+        for host, blank in _frozen(plan, data, batch_size, steps, group):
             batch = to_device(host, device)
+            if blank:
+                run_forward(plan.forward, batch.x, plan.autocast, device.type)
+                continue
             outputs = run_forward(plan.forward, batch.x, plan.autocast, device.type)
             tallies = objective.tallies(batch.y, outputs, batch.sample_weight, batch.mask, "class", checked)
             if observe is not None:
@@ -332,12 +373,29 @@ def evaluate_pass(
             if current.due or len(recent) == RECENT:
                 _explain_bad(objective, current.log(), recent)
                 recent.clear()
-        if current.steps == 0:
+        if current.empty():
             raise EmptyDataError("evaluate: the data gave no batch; expected at least one.")
         _explain_bad(objective, current.log(), recent)
         # The weights stand still, so a penalty on them counts once, not once a batch.
-        current.running.add({penalty.name: penalty.tally() for penalty in plan.penalties})
+        penalties = {penalty.name: penalty.tally() for penalty in plan.penalties}
+        if group.rank == 0:
+            current.running.add(penalties)
+    at_rest(plan.net)
     return current.result()
+
+
+def _frozen(
+    plan: StepPlan, data: Data, batch_size: int, steps: int | None, group: Group
+) -> Iterator[tuple[Batch, bool]]:
+    """The batches of this rank; where forwards talk to other ranks, blank ones for those of others."""
+    if group.size == 1 or not in_lockstep(plan.net):
+        for one in itertools.islice(own_batches(data, batch_size, None, group), steps):
+            if one is not None:
+                yield one, False
+        return
+    for turn in turns(data, batch_size, 1, steps, None, group, lambda: False):
+        for position, batch in enumerate(padded(turn.batches, turn.share, True, turn.spare)):
+            yield batch, position >= len(turn.batches)
 
 
 def _explain_bad(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lossledger import metrics
 from lossledger.batch import Batch
+from lossledger.distributed import ALONE, Group
 from lossledger.errors import InputError, UnknownNameError
 from lossledger.ledger import MetricRow
 from lossledger.losses.expression import Expression
@@ -149,8 +151,10 @@ class Measures:
             if isinstance(p.metric, metrics.TorchMetric):
                 p.metric.load_state_dict(state["own"][p.name], device)
 
-    def read(self) -> dict[str, metrics.Result]:
-        """The metrics so far: one transfer."""
+    def read(self, group: Group = ALONE) -> dict[str, metrics.Result]:
+        """The metrics so far, of all ranks of the group: one transfer."""
+        if group.size > 1:
+            return self._read_all(group)
         flat = [t.reshape(-1).double() for t in self._sums.values()]
         host = torch.cat(flat).cpu().numpy() if flat else np.zeros(0)
         found: dict[str, metrics.Result] = {}
@@ -164,6 +168,21 @@ class Measures:
                 part = host[start : start + size].reshape(tuple(self._sums[p.name].shape))
                 found[p.name] = p.metric.result(part)
                 start += size
+        return found
+
+    def _read_all(self, group: Group) -> dict[str, metrics.Result]:
+        mine = {name: t.double().cpu() for name, t in self._sums.items()}
+        sums: dict[str, Tensor] = {}
+        for part in group.gather(mine):
+            for name, value in part.items():
+                _add(sums, name, value)
+        found: dict[str, metrics.Result] = {}
+        for p in self._plans:
+            if isinstance(p.metric, metrics.TorchMetric):
+                anywhere = any(count for (count,) in group.agree(int(p.metric.updated)))
+                found[p.name] = p.metric.compute(over_ranks=True) if anywhere else metrics.Result(math.nan)
+            elif p.name in sums:
+                found[p.name] = p.metric.result(sums[p.name].numpy())
         return found
 
 

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lossledger.batch import Batch, to_device
+from lossledger.batch import to_device
+from lossledger.distributed import Group, joined, together, unwrapped
 from lossledger.errors import InputError, NonFiniteError
 from lossledger.forward import Recipe
 from lossledger.integrations import compiled_arguments, forward_of
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
 from lossledger.objective import plan as planning
-from lossledger.training import backup, boundary, loop, prediction, weights
+from lossledger.training import backup, boundary, loop, prediction, sharing, weights
 from lossledger.training.average import Average
 from lossledger.training.callbacks import as_callbacks
 from lossledger.training.checking import checking
 from lossledger.training.compiled import Compiled, Settings, built, resolved
 from lossledger.training.data import Data, array_data, make_data
 from lossledger.training.fitting import Fitting, evaluated, post
+from lossledger.training.history import History
 from lossledger.training.modes import training
 from lossledger.training.progress import Show
 from lossledger.training.provenance import provenance, recipe
@@ -31,30 +32,15 @@ from lossledger.training.step import StepPlan, train_step
 from lossledger.training.summary import summary_table
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class History:
-    """What `fit` returns.
-
-    Args:
-        history: numbers by name, one an epoch: `loss`, metrics, and `val_…`.
-        epoch: the epochs, from 0.
-        ledger: what each loss is made of.
-        params: `epochs`, `steps`, `seed`.
-    """
-
-    history: dict[str, list[float]]
-    epoch: list[int]
-    ledger: Ledger
-    params: dict[str, Any] = field(default_factory=dict)
-
-
 class Model:
     """A torch module with Keras's training methods, and a ledger of what each loss is made of.
 
     Args:
         net: any `torch.nn.Module`, also a Keras 3 model on the torch backend; it stays where it is, and is the same
-            object as before.
+            object as before. Of a `DistributedDataParallel` the module inside is taken.
         output_names: names of the outputs, when the module returns a list or tuple; those of a Keras model are known.
+        process_group: the ranks that share the data, where torch.distributed runs: a process group or a mesh of one
+            dimension (data × context parallel, never tensor parallel); all ranks if `None`.
 
     Raises:
         InputTypeError: no torch module, such as a Keras model on another backend.
@@ -70,9 +56,10 @@ class Model:
         True
     """
 
-    def __init__(self, net: nn.Module, output_names: Sequence[str] | None = None) -> None:
+    def __init__(self, net: nn.Module, output_names: Sequence[str] | None = None, process_group: Any = None) -> None:
+        self.net = net = unwrapped(net)
+        self._process_group = process_group
         self._forward = forward_of(net)
-        self.net = net
         self.stop_training = False
         self.ledger: Ledger | None = None
         self._output_names = output_names
@@ -177,6 +164,7 @@ class Model:
 
     # --- fit ---------------------------------------------------------------------------------------------------
 
+    @sharing.on_all_ranks
     def fit(
         self,
         x: Any,
@@ -237,24 +225,30 @@ class Model:
         Raises:
             CheckpointError: a run that cannot be resumed: damaged, of another recipe, or on data that cannot go on.
         """
-        boundary.check_fit(batch_size, epochs, accumulate, initial_epoch, validation_freq, run_dir, resume)
+        group = self._group()
+        written = run_dir if self.writes else None
+        boundary.check_fit(batch_size, epochs, accumulate, initial_epoch, validation_freq, written, resume)
         settings = self._require_compiled()
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype()))
         compiled = self._compiled()
         plan = compiled.weighted(class_weight)
         data, held = boundary.validation(data, validation_split, validation_data, self._dtype())
         steps = boundary.steps_of(steps_per_epoch, data.steps(batch_size))
+        sharing.check_shared(group, plan.objective, data, held)
         self._check(plan, data, held)
         boundary.warn_if_trainable_changed(plan, self._forward.named_parameters())
         calls = as_callbacks(callbacks)
+        sharing.check_run(group, resume, calls)
         found = None if run_dir is None or not resume else backup.find(Path(run_dir))
         seed = boundary.seed_of(seed) if found is None or seed is not None else found.state["recipe"]["seed"]
+        seed = int(group.gather(seed)[0])
+        sharing.begin(group, self.net, seed)
         params = {"epochs": epochs, "steps": boundary.updates_of(steps, accumulate), "seed": seed}
         made = provenance(plan, seed, batch_size, accumulate)
         average = Average(plan.parameters, settings.ema)
         progress = backup.Progress()
         saving, ledger = backup.open_run(
-            run_dir,
+            run_dir if group.size == 1 else None,
             found,
             recipe(
                 made,
@@ -285,7 +279,7 @@ class Model:
             ),
         )
         self.ledger = Ledger("run" if run_dir is None else Path(run_dir).name, made) if ledger is None else ledger
-        show = Show(verbose)
+        show = self._show(verbose)
         fitting = Fitting(
             plan=plan,
             frozen_plan=compiled.plan,
@@ -313,6 +307,7 @@ class Model:
             run_dir=run_dir,
             stopped=lambda: self.stop_training,
             progress=progress,
+            group=group,
         )
         params_of_callbacks = {**params, "validation": held is not None, "resumed": found is not None}
         return History(*self._run(fitting, show, params_of_callbacks, average), self.ledger, params)
@@ -348,6 +343,7 @@ class Model:
 
     # --- evaluate and predict ----------------------------------------------------------------------------------
 
+    @sharing.on_all_ranks
     def evaluate(
         self,
         x: Any,
@@ -381,13 +377,16 @@ class Model:
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype()))
         plan = self._compiled().plan
         boundary.check_targets(plan, data, self._device())
-        with Show(verbose) as show:
-            result = evaluated(plan, self._compiled().metrics, data, batch_size, steps, show, self._device())
+        group = self._group()
+        sharing.check_shared(group, plan.objective, data)
+        with self._show(verbose) as show:
+            result = evaluated(plan, self._compiled().metrics, data, batch_size, steps, show, self._device(), group)
             show.end("evaluate", result.steps, result.seconds, result.logs)
         self.ledger = Ledger("evaluate", provenance(plan, None, batch_size))
         post(self.ledger, plan.objective, result, "test", 0)
         return result.logs if return_dict else _as_keras(result.logs)
 
+    @sharing.on_all_ranks
     def predict(self, x: Any, batch_size: int = 32, verbose: Any = 0, steps: int | None = None) -> Any:
         """What the model returns, as NumPy arrays in the structure of its outputs.
 
@@ -409,6 +408,7 @@ class Model:
 
     # --- single batches ----------------------------------------------------------------------------------------
 
+    @sharing.on_all_ranks
     def train_on_batch(
         self,
         x: Any,
@@ -418,20 +418,27 @@ class Model:
         class_weight: Any = None,
         return_dict: bool = False,
     ) -> Any:
-        """One step on one batch; the numbers are of this batch, at the weights before the step."""
+        """One step on one batch; the numbers are of this batch, at the weights before the step.
+
+        Several ranks pass the same batch, of which each takes its share.
+        """
         settings = self._require_compiled()
-        batch = self._batch(x, y, sample_weight, mask)
+        data = array_data(x, y, sample_weight, mask, self._dtype())
+        self._built(data)
         plan = self._compiled().weighted(class_weight)
         plan.optimizer.zero_grad(set_to_none=True)
+        current = self._single(plan.objective)
+        turn = next(sharing.turns(data, data.length, 1, None, None, current.group, current.is_due))
+        batches, spare = (tuple(to_device(b, self._device()) for b in found) for found in (turn.batches, turn.spares))
         with training(self.net):
-            current = self._single(plan.objective)
-            done = train_step(plan, (batch,), None, checked=False, observe=current.observe)
+            done = train_step(plan, batches, None, False, current.observe, turn.share, next(iter(spare), None))
         current.add(done.tallies, done)
         if settings.on_nonfinite == "raise":
-            loop.stop_if_bad(plan, current, [(1, (batch,), done)])
+            loop.stop_if_bad(plan, current, [(1, batches, done)])
         result = current.result()
         return result.logs if return_dict else _as_keras(result.logs)
 
+    @sharing.on_all_ranks
     def test_on_batch(
         self, x: Any, y: Any, sample_weight: Any = None, mask: Any = None, return_dict: bool = False
     ) -> Any:
@@ -453,10 +460,14 @@ class Model:
     def save_weights(self, path: str | Path) -> None:
         """Write the weights and buffers as safetensors, to a temporary file first, so that no half file is left.
 
+        All ranks call it, and rank 0 writes.
+
         Args:
             path: path of the file; an existing file is replaced once the new one is complete.
         """
-        weights.save(self._forward, path)
+        group = self._group()
+        state = weights.whole(self._forward)
+        together(group, lambda: weights.save(state, path) if group.rank == 0 else None)
 
     def load_weights(self, path: str | Path) -> None:
         """Read weights that `save_weights` wrote.
@@ -479,13 +490,20 @@ class Model:
     def _device(self) -> torch.device:
         return next((p.device for p in self.net.parameters()), torch.device("cpu"))
 
-    def _batch(self, x: Any, y: Any, sample_weight: Any, mask: Any) -> Batch:
-        data = array_data(x, y, sample_weight, mask, self._dtype())
-        self._built(data)
-        return to_device(Batch(data.x, data.y, data.sample_weight, data.mask), self._device())
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files: rank 0 does, where several share the data."""
+        return self._group().rank == 0
+
+    def _group(self) -> Group:
+        return joined(self._process_group, self._device())
+
+    def _show(self, verbose: Any) -> Show:
+        """The progress display: one for all ranks."""
+        return Show(verbose if self._group().rank == 0 else 0)
 
     def _single(self, objective: Objective) -> loop.Pass:
-        return loop.Pass(objective, self._compiled().metrics, self._device(), Show(0))
+        return loop.Pass(objective, self._compiled().metrics, self._device(), Show(0), self._group())
 
 
 def _as_keras(logs: dict[str, float]) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lossledger.distributed import local
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, UnknownNameError
 
 # Keras 3.15 defaults. Its epsilon is 1e-7 where torch has 1e-8.
@@ -74,8 +75,9 @@ def _named(name: str, given: str, trainable: list[nn.Parameter], net: nn.Module)
             f"optimizer: {given!r} takes no sparse gradients, which a module of the model makes (sparse=True); "
             f"expected one of {list(_SPARSE)}, or an optimizer of your own. Or make that module with sparse=False."
         )
-    floating = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in trainable)
-    return _NAMED[name](trainable, **({"fused": True} if name in _FUSED and floating and not sparse else {}))
+    # Not every fused kernel takes the parts of sharded parameters.
+    fits = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() and local(p) is p for p in trainable)
+    return _NAMED[name](trainable, **({"fused": True} if name in _FUSED and fits and not sparse else {}))
 
 
 def _check(optimizer: Optimizer, trainable: list[nn.Parameter]) -> None:

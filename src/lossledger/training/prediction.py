@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lossledger.batch import Batch, map_structure, rebuilt, to_device
+from lossledger.distributed import at_rest, is_sharded
 from lossledger.errors import EmptyDataError, InputTypeError
 from lossledger.forward import Call, run_forward
 from lossledger.objective import unpacked
@@ -40,10 +41,13 @@ def predict(
     else:
         inputs = (_inputs(item, dtype, position) for position, item in enumerate(x))
     found = []
-    with evaluating(net), torch.inference_mode():
+    # What fully_shard gathers in inference mode cannot be used in a later training step.
+    still = torch.no_grad() if is_sharded(net) else torch.inference_mode()
+    with evaluating(net), still:
         for one in itertools.islice(inputs, steps):
             outputs = run_forward(forward, to_device(Batch(one), device).x, autocast, device.type)
             found.append(map_structure(_to_numpy, unpacked(outputs)[0]))
+    at_rest(net)
     if not found:
         raise EmptyDataError("predict: the data gave no batch; expected at least one.")
     return _concatenate(found)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossledger.batch import Batch
+from lossledger.distributed import LONE_SHARE, Share, clip_norm_, is_sharded
 from lossledger.errors import InputError
 from lossledger.forward import Call, run_forward
 from lossledger.objective import Objective, Penalty
@@ -67,7 +68,13 @@ class StepResult:
 
 
 def train_step(
-    plan: StepPlan, batches: tuple[Batch, ...], by: str | None, checked: bool = True, observe: Observe | None = None
+    plan: StepPlan,
+    batches: tuple[Batch, ...],
+    by: str | None,
+    checked: bool = True,
+    observe: Observe | None = None,
+    share: Share = LONE_SHARE,
+    spare: Batch | None = None,
 ) -> StepResult:
     """Update the parameters with one window of batches.
 
@@ -77,14 +84,17 @@ def train_step(
         by: groups of the tallies.
         checked: the values of the targets have been checked at the data boundary.
         observe: sees each batch with its outputs, once.
+        share: the part of this rank in the window.
+        spare: a batch for forwards that count for nothing.
 
     Raises:
         InputError: nothing of the loss depends on a trainable parameter, or a loss that parts do not add up to.
     """
     if plan.gate is not None:
         plan.gate.before_forward()
-    if len(batches) > 1:
-        tallies, differs = _accumulate(plan, batches, by, checked, observe)
+    if len(batches) > 1 or share.group.size > 1:
+        window = Window(plan.objective, batches, plan.net, plan.penalties, by, checked, share, spare)
+        tallies, differs = _accumulate(plan, window, observe)
     else:
         batch, differs = batches[0], None
         outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.parameters[0].device.type)
@@ -94,34 +104,37 @@ def train_step(
             raise InputError(NO_GRADIENT)
         if observe is not None:
             observe(batch, outputs)
-    bad = _update(plan, tallies, differs)
+    bad = _update(plan, tallies, differs, share)
     plan.optimizer.zero_grad(set_to_none=True)
     return StepResult(tallies, bad, differs)
 
 
-def _accumulate(
-    plan: StepPlan, batches: tuple[Batch, ...], by: str | None, checked: bool, observe: Observe | None
-) -> tuple[dict[str, Tally], Tensor | None]:
+def _accumulate(plan: StepPlan, window: Window, observe: Observe | None) -> tuple[dict[str, Tally], Tensor | None]:
     """The gradient of several batches, as if they were one."""
     device = plan.parameters[0].device.type
-    with running(Window(plan.objective, batches, plan.net, plan.penalties, by, checked)) as window:
+    with running(window):
         for batch in window:
             outputs = run_forward(plan.forward, batch.x, plan.autocast, device)
             window.backward(outputs)
-            if observe is not None and not window.counting:
+            if observe is not None and not (window.counting or window.blank):
                 observe(batch, outputs)
     return window.tallies, window.differs
 
 
-def _update(plan: StepPlan, tallies: dict[str, Tally], differs: Tensor | None) -> Tensor | None:
+def _update(plan: StepPlan, tallies: dict[str, Tally], differs: Tensor | None, share: Share) -> Tensor | None:
     """Clip, gate, step."""
     norm = None
     if plan.clip_norm is not None:
-        norm = torch.nn.utils.clip_grad_norm_(plan.parameters, plan.clip_norm)
+        sharded = is_sharded(plan.net)
+        norm = (clip_norm_ if sharded else nn.utils.clip_grad_norm_)(plan.parameters, plan.clip_norm)
     if plan.gate is None:
         plan.optimizer.step()
         return None
     wrong = bad_gradient(plan.parameters) if norm is None else not_finite(norm)
-    bad = (bad_elements(tallies) > 0) | wrong
-    plan.gate.step(bad if differs is None else bad | differs)
+    bad = (bad_elements(tallies) > 0) | wrong if tallies else wrong
+    stopped = bad if differs is None else bad | differs
+    if share.group.size > 1:
+        # Every rank leaves the step out, or none does.
+        bad, stopped = (share.group.sum_(torch.stack([bad, stopped]).double()) > 0).unbind()
+    plan.gate.step(stopped)
     return bad

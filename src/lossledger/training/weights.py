@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
+from torch import Tensor
 
+from lossledger.distributed import full
 from lossledger.errors import InputError
 from lossledger.forward import Forward
 from lossledger.ledger.segments import publish
 
 
-def save(forward: Forward, path: str | Path) -> None:
+def whole(forward: Forward) -> dict[str, Tensor]:
+    """Copies of weights and buffers; sharded ones are gathered, so all ranks ask."""
+    return {name: full(value.detach()).contiguous().clone() for name, value in forward.state().items()}
+
+
+def save(state: dict[str, Tensor], path: str | Path) -> None:
     """Write weights and buffers to a temporary file, then put it in place."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".partial")
-    state = {name: value.detach().contiguous().clone() for name, value in forward.state().items()}
     safetensors.torch.save_file(state, str(temporary))
     publish(temporary, target)
 
@@ -29,7 +36,18 @@ def load(forward: Forward, path: str | Path) -> None:
     """
     if not Path(path).is_file():
         raise InputError(f"load_weights: expected a safetensors file, found none at {path}.")
+    known = forward.state()
     try:
-        forward.load(safetensors.torch.load_file(str(path)))
+        state = safetensors.torch.load_file(str(path))
+        forward.load({name: as_part(value, known.get(name)) for name, value in state.items()})
     except (InputError, safetensors.SafetensorError) as error:
         raise InputError(f"load_weights: {path} does not fit this model. {error}") from None
+
+
+def as_part(value: Tensor, like: Any) -> Tensor:
+    """A tensor divided over the ranks as another one is; itself where that is whole."""
+    if not hasattr(like, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

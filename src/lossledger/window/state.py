@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,19 @@ def moving(model: nn.Module) -> Iterator[Tensor]:
             if isinstance(tensor, Tensor) and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield tensor
+
+
+@contextlib.contextmanager
+def still(model: nn.Module | None) -> Iterator[None]:
+    """In eval mode meanwhile: a forward moves neither running statistics nor random numbers."""
+    modes = [] if model is None else [(module, module.training) for module in model.modules()]
+    if model is not None:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class Replay:

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from lossledger.batch import Batch, as_batch, leaves, map_structure, to_device, to_tensor
-from lossledger.distributed import Group, OneProcess
+from lossledger.distributed import (
+    LONE_SHARE,
+    Share,
+    at_rest,
+    in_lockstep,
+    joined,
+    place_gradients,
+    sharing_fate,
+    sum_gradients,
+    summing,
+)
 from lossledger.errors import EmptyDataError, InputError, ReplayError
 from lossledger.losses.loss import By
 from lossledger.objective import (
@@ -38,22 +48,21 @@ from lossledger.objective import (
 )
 from lossledger.tally import Tally
 from lossledger.weighting import both, carried_mask
-from lossledger.window.state import Gradients, Replay
+from lossledger.window.ranks import merged, numbered, of_all, padded, pull_nothing, summed, zeroed
+from lossledger.window.state import Gradients, Replay, still
 
-ALONE = OneProcess()
 NO_GRADIENT = (
     "The loss does not depend on any trainable parameter: expected outputs that require a gradient, received "
     "detached ones. Look for .detach(), torch.no_grad() or NumPy in the model's forward."
 )
 
 
-def propagate(found: Backprop, penalties: Sequence[Penalty] = (), share: float = 1.0) -> bool:
+def propagate(found: Backprop, penalties: Sequence[Penalty] = ()) -> bool:
     """Back-propagate a batch together with penalties, whose tallies join those of the batch.
 
     Args:
         found: what the batch left.
         penalties: the regularizers, once a window.
-        share: of the penalties that this process back-propagates.
 
     Returns:
         whether anything depends on a parameter.
@@ -62,7 +71,7 @@ def propagate(found: Backprop, penalties: Sequence[Penalty] = (), share: float =
     for penalty in penalties:
         tally = penalty.tally()
         roots.append(tally.numerator)
-        gradients.append(torch.full_like(tally.numerator, share))
+        gradients.append(torch.ones_like(tally.numerator))
         found.tallies[penalty.name] = replace(tally, numerator=tally.numerator.detach())
     if not roots:
         return False
@@ -80,9 +89,11 @@ class Window:
         penalties: the regularizers with their parameters.
         by: groups of the tallies.
         checked: values were checked at the data boundary.
-        group: the processes that share the window.
+        share: the part of this process, where several share the window.
+        spare: a batch whose first row is forwarded when others have data and this process has none.
 
-    `counting` is set in a first round that only counts, `replaying` in the second, which repeats it with gradients.
+    `blank` is set while such a row is at hand, `counting` in a first round that only counts, `replaying` in the second,
+    which repeats it with gradients.
     """
 
     def __init__(
@@ -93,15 +104,22 @@ class Window:
         penalties: Sequence[Penalty],
         by: str | None,
         checked: bool,
-        group: Group = ALONE,
+        share: Share = LONE_SHARE,
+        spare: Batch | None = None,
     ) -> None:
-        self.replaying = False
+        self.replaying = self.blank = False
         self.tallies: dict[str, Tally] = {}
         self.differs: Tensor | None = None
+        self._ranks = share.group.size > 1
+        if self._ranks and model is None:
+            raise InputError("window: expected the model, whose gradients are summed over ranks. Pass model=net.")
+        self._lockstep = self._ranks and model is not None and in_lockstep(model)
+        self._own, self.net, self.share = len(batches), model, share
+        batches = padded(batches, share, self._lockstep, spare) if self._ranks else batches
         self._objective, self._batches, self._penalties = objective, batches, penalties
-        self._by, self._checked, self._group = by, checked, group
-        self._sizes = [_samples(batch) for batch in batches]
-        self._shared = len(batches) > 1 or group.size > 1
+        self._by, self._checked = by, checked
+        self._sizes = [_samples(batch) if i < self._own else 0 for i, batch in enumerate(batches)]
+        self._shared = len(batches) > 1 or self._ranks
         self.counting = len(batches) > 1 and _likely_ratio(objective, batches[0])
         self._whole: Whole | None = None
         self._first: list[dict[str, Tally]] = []
@@ -120,8 +138,10 @@ class Window:
 
     def _run(self) -> Iterator[Batch]:
         yield from self._round()
+        if not self._batches:
+            self._summed({})
         if self.counting:
-            self._whole = self._summed(_merged(self._first))
+            self._whole = self._summed(merged(self._first))
             self.counting, self.replaying = False, True
             self._replay.statistics()
             yield from self._round()
@@ -129,7 +149,7 @@ class Window:
 
     def _round(self) -> Iterator[Batch]:
         for position, batch in enumerate(self._batches):
-            self._position = position
+            self._position, self.blank = position, position >= self._own
             if self.replaying:
                 self._replay.random(position)
             elif self.counting or (self._shared and position == 0):
@@ -137,7 +157,7 @@ class Window:
             self._waiting = True
             # Of the first round nothing is kept but sums.
             without = torch.no_grad() if self.counting else contextlib.nullcontext()
-            with without, collecting() as self._added:
+            with without, still(self.net if self.blank else None), collecting() as self._added:
                 yield batch
             if self._waiting:
                 raise InputError(
@@ -178,13 +198,16 @@ class Window:
             )
         if self.counting:
             self._first.append(self._statistics(batch, outputs))
+        elif self.blank:
+            pull_nothing(outputs)
         else:
             self._pull(batch, outputs)
 
     def _statistics(self, batch: Batch, outputs: Any) -> dict[str, Tally]:
         with torch.no_grad():
             found = self._objective.tallies(batch.y, outputs, batch.sample_weight, batch.mask, None, self._checked)
-        return {plan.name: found[plan.name] for plan in self._objective.terms}
+        tallies = {plan.name: found[plan.name] for plan in self._objective.terms}
+        return zeroed(tallies) if self.blank else tallies
 
     def _decide(self, batch: Batch, outputs: Any, masked: bool) -> None:
         """With the first outputs: what divides, or that another round must tell."""
@@ -194,6 +217,9 @@ class Window:
         objective.check_parts(aligned)
         ranks = {plan.name: len(a.weighting.shape) for plan, a in zip(objective.terms, aligned, strict=True)}
         late = masked or objective.is_ratio(ranks) or not self._alike()
+        if self._lockstep and several:
+            # All ranks forward once, or all twice.
+            late = any(found for (found,) in self.share.group.agree(int(late)))
         self._masked = masked
         self.counting = several and (self.counting or late)
         if self.counting:
@@ -204,10 +230,10 @@ class Window:
             return
         self._like = map_structure(_outline, unpacked(outputs)[0])
         parts = [
-            objective.divisors(b.y, self._like, b.sample_weight, b.mask, size)
-            for b, size in zip(self._batches, self._sizes, strict=True)
+            objective.divisors(b.y, self._like, b.sample_weight, b.mask, _samples(b))
+            for b in self._batches[: max(self._own, 1)]
         ]
-        self._whole = self._summed(_merged(parts))
+        self._whole = self._summed(zeroed(parts[0]) if self.blank else merged(parts))
 
     def _alike(self) -> bool:
         """Whether the targets of all micro-batches have one shape beside the batch axis."""
@@ -223,10 +249,10 @@ class Window:
         found = objective.backprop(batch.y, outputs, batch.sample_weight, batch.mask, by, checked, whole)
         if self.replaying:
             self._compare(found.tallies, outputs)
-        penalties = self._penalties if self._position == 0 else ()
-        if not propagate(found, penalties, 1.0 / self._group.size):
+        penalties = self._penalties if self._position == 0 and not self._ranks else ()
+        if not propagate(found, penalties):
             raise InputError(NO_GRADIENT)
-        self.tallies = _merged([self.tallies, _numbered(found.tallies, sum(self._sizes[: self._position]))])
+        self.tallies = merged([self.tallies, numbered(found.tallies, sum(self._sizes[: self._position]))])
 
     def _check_shapes(self, batch: Batch, outputs: Any) -> None:
         """The outputs have the shape that the divisors were counted for."""
@@ -267,23 +293,13 @@ class Window:
 
     # --- sums --------------------------------------------------------------------------------------------------
 
-    def _summed(self, tallies: Mapping[str, Tally]) -> Whole:
-        """What divides in the whole window: the sums over all processes, in one flat tensor."""
-        samples = sum(self._sizes)
-        if self._group.size == 1:
-            return Whole(tallies, samples)
-        device = next(leaves(self._batches[0].y)).device
-        names = ("numerator", "divisor", "statistics")
-        places = [(term, n) for term, tally in tallies.items() for n in names if getattr(tally, n) is not None]
-        parts = [getattr(tallies[term], n) for term, n in places]
-        tensors = [torch.as_tensor(v, device=device) for v in (*parts, samples)]
-        flat = self._group.sum_(torch.cat([t.reshape(-1).double() for t in tensors]))
-        split = iter(torch.split(flat, [t.numel() for t in tensors]))
-        sums = [next(split).reshape(t.shape).to(t.dtype) for t in tensors]
-        found: dict[str, dict[str, Any]] = {term: {} for term in tallies}
-        for (term, n), total in zip(places, sums, strict=False):
-            found[term][n] = total
-        return Whole({term: replace(tally, **found[term]) for term, tally in tallies.items()}, sums[-1])
+    def _summed(self, tallies: Mapping[str, Tally]) -> Whole | None:
+        """What divides in the whole window, over all processes."""
+        found = next(leaves(self._batches[0].y), None) if self._batches else None
+        device = torch.device("cpu") if found is None else found.device
+        if found is None and self.net is not None:
+            device = next((p.device for p in self.net.parameters()), device)
+        return summed(self.share, tallies, sum(self._sizes), device, self._lockstep)
 
     def _compare(self, second: Mapping[str, Tally], outputs: Any) -> None:
         """Note whether the second round differs from the first; nothing is read."""
@@ -319,7 +335,19 @@ class Window:
                     f"auxiliary loss {name!r}: expected it in every micro-batch of the window, received it for "
                     f"{tally.count} of {samples} samples. Add it in every forward, 0 where there is none."
                 )
+        if self._ranks:
+            self._sum_over_ranks()
         self._gradients.add()
+
+    def _sum_over_ranks(self) -> None:
+        """The gradients of all ranks; what enters once a window comes after the sum, on every rank alike."""
+        assert self.net is not None
+        sum_gradients(self.share.group, self.net)
+        found = Backprop({}, [], [])
+        if propagate(found, self._penalties):
+            place_gradients(self.net)
+        if self.share.leads:
+            self.tallies |= found.tallies
 
     def _finished(self) -> bool:
         """Whether the last micro-batch was back-propagated, by a loop that did not ask for one more."""
@@ -336,43 +364,52 @@ class Window:
 
     @property
     def breakdown(self) -> Breakdown:
-        """The terms of the window, detached.
+        """The terms of the window, detached; over several ranks, to be asked for on every one of them.
 
         Raises:
             InputError: the window is not complete.
         """
         if not self._done and not self._finished():
             raise InputError("window.breakdown: expected a complete window; it is known after the loop.")
-        objective = self._objective
+        objective, tallies = self._objective, of_all(self.share, self.tallies, sum(self._sizes))
         first = [t.name for t in objective.terms] + [p.name for p in objective.penalties]
-        names = [*first, *(name for name in self.tallies if name not in first)]
-        return Breakdown.of({n: Term(n, objective.role(n), objective.coefficient(n), self.tallies[n]) for n in names})
+        names = [*first, *(name for name in tallies if name not in first)]
+        return Breakdown.of({n: Term(n, objective.role(n), objective.coefficient(n), tallies[n]) for n in names})
 
 
 @contextlib.contextmanager
 def running(window: Window) -> Iterator[Window]:
     """The window while its loop runs; when something fails it leaves no half of itself behind."""
-    try:
+    with sharing_fate(window.share.group), summing(window.net):
         try:
-            yield window
-        finally:
-            window.leave()
-        window.close()
-    except BaseException:
-        window.undo()
-        raise
+            try:
+                yield window
+            finally:
+                window.leave()
+            window.close()
+        except BaseException:
+            window.undo()
+            raise
 
 
 @contextlib.contextmanager
 def opened(
-    objective: Objective, batches: Iterable[Any], model: nn.Module | None, by: str | None = "class"
+    objective: Objective,
+    batches: Iterable[Any],
+    model: nn.Module | None,
+    by: str | None = "class",
+    process_group: Any = None,
 ) -> Iterator[Window]:
     """A window over what a caller gives; see `Objective.window`."""
     parameter = None if model is None else next((p for p in model.parameters() if p.is_floating_point()), None)
     found = [_converted(as_batch(item, i), parameter) for i, item in enumerate(batches)]
-    if not found:
+    if model is not None:
+        at_rest(model)
+    group = joined(process_group, None if parameter is None else parameter.device)
+    share = Share.agreed(group, len(found))
+    if not any(share.counts):
         raise EmptyDataError("window: expected at least one micro-batch, received none. Leave out steps without data.")
-    with running(Window(objective, found, model, objective.bound(model), by, checked=False)) as window:
+    with running(Window(objective, found, model, objective.bound(model), by, checked=False, share=share)) as window:
         yield window
         window.leave()
         if window.differs is not None:
@@ -437,25 +474,3 @@ def _likely_ratio(objective: Objective, batch: Batch) -> bool:
 def _outline(value: Any) -> Any:
     """A tensor of the same shape, without memory."""
     return value.detach().new_empty(()).expand(value.shape) if isinstance(value, Tensor) else value
-
-
-def _numbered(tallies: dict[str, Tally], start: int) -> dict[str, Tally]:
-    """Tallies whose rows are named by sample, with the samples numbered from `start`: their place in the window."""
-    if start == 0:
-        return tallies
-    found = dict(tallies)
-    for name, tally in tallies.items():
-        groups = tally.groups
-        if groups is not None and groups.kind == "sample" and groups.keys is not None:
-            keys = tuple((start + int(str(sample)), column) for sample, column in groups.keys)
-            found[name] = replace(tally, groups=replace(groups, keys=keys))
-    return found
-
-
-def _merged(parts: Iterable[Mapping[str, Tally]]) -> dict[str, Tally]:
-    """Tallies of parts, added by term."""
-    found: dict[str, Tally] = {}
-    for part in parts:
-        for name, tally in part.items():
-            found[name] = found[name] + tally if name in found else tally
-    return found

@@ -1,0 +1,239 @@
+"""A group of torch.distributed: the ranks among which data are divided."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lossledger.distributed.group import ALONE, Group
+from lossledger.errors import InputTypeError, RankError
+
+# Parameters that are broadcast or summed in one call.
+BUCKET_BYTES = 25 * 2**20
+
+
+class Ranks:
+    """The ranks of a process group.
+
+    What lies on a CPU goes through a gloo group of its own: a rank that fails closes it, and whoever waits for that
+    rank hears of it at once. What lies on a device goes through the group that was given.
+
+    Args:
+        process_group: of torch, initialized.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup) -> None:
+        self.process_group = process_group
+        self.size, self.rank = process_group.size(), process_group.rank()
+        members = dist.get_process_group_ranks(process_group)
+        # A part of the processes cannot ask the others to join in.
+        part = len(members) < dist.get_world_size()
+        self._first = members[0]
+        self._host: dist.ProcessGroup | None = dist.new_group(
+            members, backend="gloo", timeout=_timeout(process_group), use_local_synchronization=part
+        )
+        self._name = self._host.group_name  # type: ignore[union-attr]
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank has left the group with an error."""
+        return self._host is None
+
+    def sum_(self, flat: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        on_host = flat.device.type == "cpu"
+        with self._waiting():
+            dist.all_reduce(flat, group=self._open() if on_host else self.process_group)
+        return flat
+
+    def agree(self, *numbers: int) -> list[list[int]]:
+        """The whole numbers of every rank."""
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._waiting():
+            dist.all_gather(found, mine, group=self._open())
+        return [row.tolist() for row in found]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank gives; it is pickled."""
+        found: list[Any] = [None] * self.size
+        with self._waiting():
+            dist.all_gather_object(found, value, group=self._open())
+        return found
+
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Fill tensors with those of the first rank."""
+        with self._waiting(), torch.no_grad():
+            for bucket in buckets(tensors):
+                flat = torch.cat([t.detach().reshape(-1) for t in bucket])
+                group = self._open() if flat.device.type == "cpu" else self.process_group
+                dist.broadcast(flat, self._first, group=group)
+                for tensor, part in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+    def fail(self, error: BaseException) -> None:
+        """Say why, and leave: whoever waits for this rank is told by the closed connection."""
+        if self._host is None:
+            return
+        if not isinstance(error, RankError):
+            with contextlib.suppress(Exception):
+                text = f"rank {self.rank} failed with {type(error).__name__}: {error}"
+                _store().set(self._key, text)
+        host, self._host = self._host, None
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group(host)
+
+    @property
+    def _key(self) -> str:
+        return f"lossledger/failed/{self._name}"
+
+    def _open(self) -> dist.ProcessGroup:
+        if self._host is None:
+            raise RankError("This rank has left the group after an error; start the training anew on all ranks.")
+        return self._host
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """What the network says, said of ranks."""
+        try:
+            yield
+        except RankError:
+            raise
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+            failed = RankError(f"{self._reason()} Stopped at rank {self.rank} of {self.size}; torch says: {said[:300]}")
+            self.fail(failed)
+            raise failed from error
+
+    def _reason(self) -> str:
+        # The rank that failed writes before it closes; a killed one writes nothing.
+        with contextlib.suppress(Exception):
+            store = _store()
+            if store.check([self._key]):
+                return f"{store.get(self._key).decode()}."
+        return (
+            "Another rank did not answer: expected all ranks to take part in every step; one was killed, lost its "
+            "connection, or took longer than the timeout of the process group. Look at the output of the others."
+        )
+
+
+def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors of one dtype and device, together up to a size, in an order that all ranks share."""
+    kinds: dict[Any, list[list[Tensor]]] = {}
+    filled: dict[Any, int] = {}
+    for tensor in tensors:
+        kind, size = (tensor.dtype, tensor.device), tensor.numel() * tensor.element_size()
+        if kind not in kinds or filled[kind] + size > BUCKET_BYTES:
+            kinds.setdefault(kind, []).append([])
+            filled[kind] = 0
+        kinds[kind][-1].append(tensor)
+        filled[kind] += size
+    return [bucket for found in kinds.values() for bucket in found]
+
+
+_known: list[Ranks] = []
+
+
+def joined(given: Any = None, device: torch.device | None = None) -> Group:
+    """The ranks that this process divides its data with; alone where there are no others.
+
+    Under `torchrun` the default group is initialized if the script has not done it.
+
+    Args:
+        given: a process group, or a `DeviceMesh` of one dimension, over which data are divided (data × context
+            parallel, never tensor parallel); `None`: all processes.
+        device: of the model.
+    """
+    if not dist.is_available():
+        return ALONE
+    if given is None and not dist.is_initialized() and dist.is_torchelastic_launched():
+        _initialize(device)
+    if not dist.is_initialized():
+        return ALONE
+    process_group = dist.group.WORLD if given is None else _process_group(given)
+    if process_group is None or process_group.size() == 1:
+        return ALONE
+    _known[:] = [ranks for ranks in _known if not ranks.failed]
+    for ranks in _known:
+        if ranks.process_group is process_group:
+            return ranks
+    _known.append(Ranks(process_group))
+    return _known[-1]
+
+
+def _process_group(given: Any) -> dist.ProcessGroup:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(given, dist.ProcessGroup):
+        return given
+    if isinstance(given, DeviceMesh) and given.ndim == 1:
+        return given.get_group()
+    raise InputTypeError(
+        f"process_group: expected a process group of torch or a DeviceMesh of one dimension, received {given!r}. "
+        "Flatten the dimensions that divide data: mesh['dp', 'cp']._flatten()."
+    )
+
+
+def _initialize(device: torch.device | None) -> None:
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        return
+    on_cuda = device is not None and device.type == "cuda"
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    _known.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _timeout(process_group: dist.ProcessGroup) -> datetime.timedelta | None:
+    """How long the user's group waits; torch's default where it does not tell."""
+    for kind in ("cpu", "cuda"):
+        with contextlib.suppress(Exception):
+            return process_group._get_backend(torch.device(kind)).options._timeout  # type: ignore[no-any-return]
+    return None
+
+
+@contextlib.contextmanager
+def sharing_fate(group: Group) -> Iterator[None]:
+    """What fails here fails on every rank: none waits for one that is gone."""
+    try:
+        yield
+    except BaseException as error:
+        group.fail(error)
+        raise
+
+
+def together(group: Group, act: Callable[[], Any]) -> Any:
+    """Do something that may fail on some ranks only, and go on where it did not fail on any.
+
+    Raises:
+        RankError: it failed on another rank.
+    """
+    error: Exception | None = None
+    result = None
+    try:
+        result = act()
+    except Exception as found:
+        error = found
+    said = group.gather(None if error is None else f"{type(error).__name__}: {error}") if group.size > 1 else []
+    if error is not None:
+        raise error
+    for rank, text in enumerate(said):
+        if text is not None:
+            raise RankError(f"rank {rank} failed with {text}")
+    return result

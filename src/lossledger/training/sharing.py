@@ -1,0 +1,183 @@
+"""How ranks divide the data: each takes its contiguous share of every global batch, or has a loader of its own."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lossledger.batch import Batch
+from lossledger.distributed import LONE_SHARE, Group, Share, cut, same_start, sharing_fate
+from lossledger.errors import InputError
+from lossledger.losses.parts import check_additive
+from lossledger.objective import Objective
+from lossledger.tally import Tally
+from lossledger.training.callback import Callback
+from lossledger.training.callbacks import BackupAndRestore
+from lossledger.training.data import ArrayData, Data
+
+if TYPE_CHECKING:
+    from lossledger.training.model import Model
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_all_ranks(method: Callable[Concatenate[Model, P], R]) -> Callable[Concatenate[Model, P], R]:
+    """A method that all ranks call: what fails on one of them fails on all."""
+
+    @functools.wraps(method)
+    def called(self: Model, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with sharing_fate(self._group()):
+            return method(self, *args, **kwargs)
+
+    return called
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """One window as this rank sees it.
+
+    Args:
+        batches: its micro-batches, none where only others have data.
+        share: who has how many.
+        spare: any batch of this rank, `None` before it had one.
+        due: whether a log point follows, on all ranks at once.
+    """
+
+    batches: tuple[Batch, ...]
+    share: Share
+    spare: Batch | None
+    due: bool
+
+    @property
+    def spares(self) -> tuple[Batch, ...]:
+        """The spare batch, if there is one."""
+        return () if self.spare is None else (self.spare,)
+
+
+def turns(
+    data: Data,
+    batch_size: int,
+    accumulate: int,
+    steps: int | None,
+    order: Tensor | None,
+    group: Group,
+    due: Callable[[], bool],
+) -> Iterator[Turn]:
+    """The windows of an epoch, until no rank has data.
+
+    Args:
+        data: arrays, the same on all ranks; or the iterable of this rank.
+        batch_size: samples of a batch of arrays, over all ranks.
+        accumulate: batches of a window.
+        steps: batches of an epoch, if not all.
+        order: of the samples of arrays.
+        group: the ranks.
+        due: whether this process wants a log point; that of rank 0 decides.
+    """
+    if group.size == 1:
+        yield from alone(itertools.islice(data.batches(batch_size, order), steps), accumulate)
+        return
+    batches = itertools.islice(own_batches(data, batch_size, order, group), steps)
+    spare = next(data.part(0, 1).batches(1, None)) if isinstance(data, ArrayData) else None
+    while True:
+        mine = tuple(batch for batch in itertools.islice(batches, accumulate) if batch is not None)
+        said = group.agree(len(mine), int(due()))
+        share = Share(group, tuple(count for count, _ in said))
+        if not any(share.counts):
+            return
+        spare = mine[0] if mine else spare
+        yield Turn(mine, share, spare, bool(said[0][1]))
+
+
+def alone(batches: Iterator[Batch], accumulate: int) -> Iterator[Turn]:
+    """The windows of one process."""
+    for window in iter(lambda: tuple(itertools.islice(batches, accumulate)), ()):
+        yield Turn(window, LONE_SHARE, None, False)
+
+
+def own_batches(data: Data, batch_size: int, order: Tensor | None, group: Group) -> Iterator[Batch | None]:
+    """The share of this rank in each batch, `None` where it is empty."""
+    if group.size == 1 or not isinstance(data, ArrayData):
+        yield from data.batches(batch_size, order)
+        return
+    for start in range(0, data.length, batch_size):
+        low, high = cut(start, min(start + batch_size, data.length), group)
+        yield data.between(low, high, order) if high > low else None
+
+
+def merged_sums(parts: list[Mapping[str, Tally]]) -> dict[str, Tally]:
+    """The sums of all ranks, on the host, added by term."""
+    found: dict[str, Tally] = {}
+    for part in parts:
+        for name, tally in part.items():
+            found[name] = found[name] + tally if name in found else tally
+    return found
+
+
+def in_order(objective: Objective, tallies: dict[str, Tally]) -> dict[str, Tally]:
+    """The terms in the order of one process; rank 0 may have begun without data."""
+    roles = ("data", "auxiliary", "regularizer")
+    return dict(sorted(tallies.items(), key=lambda item: roles.index(objective.role(item[0]))))
+
+
+def check_shared(group: Group, objective: Objective, *given: Data | None) -> None:
+    """Data and loss can be divided over ranks.
+
+    Raises:
+        InputError: arrays of other lengths on other ranks; a loss that compares the samples of a batch.
+    """
+    if group.size == 1:
+        return
+    for plan in objective.terms:
+        check_additive(plan.loss, plan.name)
+    rows = group.agree(*(-1 if data is None or data.length is None else data.length for data in given))
+    for lengths in zip(*rows, strict=True):
+        if len(set(lengths)) == 1:
+            continue
+        raise InputError(
+            f"x: expected the same arrays on every rank, each of which takes its share; received {list(lengths)} samples by "
+            "rank (-1 for an iterable). Pass all of the data on every rank, or a loader of its own on each."
+        )
+
+
+def begin(group: Group, net: nn.Module, seed: int) -> None:
+    """One start for all ranks: the weights of rank 0; dropout of its own on every other rank."""
+    if group.size == 1:
+        return
+    same_start(group, net)
+    if group.rank:
+        # Far from the small numbers that scripts seed with: rank 1 must not draw what rank 0 draws.
+        torch.manual_seed((seed * 1_000_003 + group.rank * 0x9E3779B97F4A7C15) % 2**63)
+    coupled = [n for n, m in net.named_modules() if _is_batch_norm(m)]
+    if coupled and group.rank == 0:
+        warnings.warn(
+            f"{coupled[0]!r} normalizes over the samples of one rank, so {group.size} ranks train another function "
+            "than one. Use torch.nn.SyncBatchNorm.convert_sync_batchnorm(net), or a normalization of single samples.",
+            stacklevel=4,
+        )
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    norm: Any = nn.modules.batchnorm._BatchNorm
+    return isinstance(module, norm) and not isinstance(module, nn.SyncBatchNorm)
+
+
+def check_run(group: Group, resume: bool, callbacks: Sequence[Callback]) -> None:
+    """Several ranks write the ledger of a run, and no checkpoints of `fit` yet.
+
+    Raises:
+        InputError: a run to go on with, or checkpoints to write.
+    """
+    if group.size > 1 and (resume or any(isinstance(callback, BackupAndRestore) for callback in callbacks)):
+        raise InputError(
+            f"resume: expected one process, received {group.size} ranks, whose loaders and random numbers a checkpoint "
+            "does not hold. Save weights with ModelCheckpoint, and load them before fit(initial_epoch=…)."
+        )

@@ -1,0 +1,532 @@
+"""What ranks must have in common with one process: run on every rank by test_distributed."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import lossledger as ll
+from lossledger.distributed import full
+from lossledger.errors import EmptyDataError, InputError, NonFiniteError, RankError
+
+L = ll.losses
+LOGITS = {"from_logits": True}
+N = 23
+CASES: dict[str, Any] = {}
+
+
+@dataclass
+class World:
+    rank: int
+    size: int
+    solo: Any
+    out: Path
+
+
+def case(*variants):
+    def register(fn):
+        for variant in variants or [()]:
+            given = variant if isinstance(variant, tuple) else (variant,)
+            name = "-".join([fn.__name__, *map(str, given)])
+            CASES[name] = lambda world, given=given: fn(world, *given)
+        return fn
+
+    return register
+
+
+class Net(nn.Module):
+    """Classes of 4 positions and two columns; a branch that only some inputs use, one that none does."""
+
+    def __init__(self, wrapper="plain", aux=False):
+        super().__init__()
+        self.body = nn.Linear(3, 6)
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(6, 2)
+        self.rare = nn.Linear(6, 2) if wrapper != "fsdp" else None
+        self.never = nn.Linear(1, 1)
+        self.register_buffer("seen", torch.zeros(()))
+        self.aux = aux
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        b = self.b(h)
+        if self.rare is not None and bool((x[:, 0] > 2).any()):
+            b = b + torch.where(x[:, :1] > 2, self.rare(h), 0.0)
+        # fully_shard warns of outputs that are views.
+        found = {"a": self.a(h).reshape(-1, 4, 3).clone(), "b": b}
+        if self.aux:
+            ll.add_loss("kl", h.square().mean(1))
+        return found
+
+
+def wrapped(net, wrapper):
+    if wrapper == "ddp":
+        return DistributedDataParallel(net)
+    if wrapper == "fsdp":
+        for part in (net.body, net.a, net.b):
+            fully_shard(part)
+        return fully_shard(net)
+    return net
+
+
+def two(wrapper, seed=1, aux=False):
+    """The same net twice: for the ranks, and for one process."""
+    torch.manual_seed(seed)
+    mine = Net(wrapper, aux).double()
+    torch.manual_seed(seed)
+    return wrapped(mine, wrapper), Net(wrapper, aux).double()
+
+
+def data(n=N, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 3, generator=g).double()
+    x[n // 2, 0] = 3.0  # the rare branch, on one rank
+    y = {
+        "a": torch.randint(0, 3, (n, 4), generator=g),
+        "b": (torch.rand(n, 2, generator=g) < 0.4).double(),
+    }
+    weight = {"a": torch.rand(n, 4, generator=g).double(), "b": torch.rand(n, generator=g).double()}
+    mask = {"a": torch.rand(n, 4, generator=g) < 0.6, "b": torch.rand(n, generator=g) < 0.8}
+    return x, y, weight, mask
+
+
+def bare(net):
+    return net.module if isinstance(net, DistributedDataParallel) else net
+
+
+def expect_gradients(net, other, tolerance=1e-12):
+    scale = max(float(p.grad.abs().max()) for p in other.parameters() if p.grad is not None)
+    for (name, p), q in zip(bare(net).named_parameters(), other.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            np.testing.assert_allclose(full(p.grad), q.grad, rtol=tolerance, atol=tolerance * scale, err_msg=name)
+
+
+def expect_weights(net, other, tolerance=1e-12):
+    for (name, p), q in zip(bare(net).named_parameters(), other.parameters(), strict=True):
+        np.testing.assert_allclose(full(p.detach()), q.detach(), rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+LOSSES = {
+    "several": lambda: {
+        "a": L.SparseCategoricalCrossentropy(ignore_class=1, **LOGITS),
+        "b": 2 * L.BinaryCrossentropy(**LOGITS) + L.Dice(axis=0, from_logits="sigmoid"),
+    },
+    "linear": lambda: {
+        "a": L.SparseCategoricalCrossentropy(reduction="mean_with_sample_weight", **LOGITS),
+        "b": L.MeanSquaredError(reduction="sum_over_nonzero_weights"),
+    },
+}
+# Micro-batches of each rank, as sizes; the rest of the samples go to the last rank that has some.
+SPLITS = {
+    "one": lambda r: [[3], [11], [9]][r],
+    "several": lambda r: [[2, 5], [1], [4, 3, 8]][r],
+    "idle": lambda r: [[7, 2], [], [14]][r],
+    "alone": lambda r: [[], [4, 1, 18], []][r],
+}
+
+
+def share(world, split):
+    sizes = [list(SPLITS[split](r)) for r in range(3)]
+    if world.size == 2:
+        sizes = [sizes[0], sizes[1] + sizes[2]]
+    start = sum(map(sum, sizes[: world.rank]))
+    stops = [start, *(start + s for s in itertools.accumulate(sizes[world.rank]))]
+    return list(itertools.pairwise(stops))
+
+
+def cut(value, a, b):
+    return {k: v[a:b] for k, v in value.items()}
+
+
+def batch(all_, a, b):
+    x, y, weight, mask = all_
+    return ll.Batch(x[a:b], cut(y, a, b), cut(weight, a, b), cut(mask, a, b))
+
+
+@case(*itertools.product(["plain", "ddp", "fsdp"], LOSSES, SPLITS))
+def step(world, wrapper, loss, split):
+    """One window: value, terms, groups and gradient of one process."""
+    all_ = data()
+    net, other = two(wrapper, aux=True)
+    objective = ll.Objective(
+        LOSSES[loss](),
+        loss_weights={"a": 0.3, "kl": 0.1},
+        regularizers={"*.weight": "l2"},
+        class_weight={"a": {0: 2.0}},
+    )
+    spans = share(world, split)
+    if wrapper == "fsdp" and not spans:
+        # fully_shard forwards on every rank: one row that weighs nothing.
+        row = batch(all_, 0, 1)
+        nothing = {k: torch.zeros_like(v) for k, v in row.mask.items()}
+        mine = [ll.Batch(row.x, row.y, row.sample_weight, nothing)]
+        objective = ll.Objective(LOSSES[loss](), {"a": 0.3}, {"*.weight": "l2"}, {"a": {0: 2.0}})
+    else:
+        mine = [batch(all_, a, b) for a, b in spans]
+    if wrapper == "fsdp":
+        # An auxiliary loss counts samples, and so the row above: not here.
+        net, other = two(wrapper)
+        objective = ll.Objective(LOSSES[loss](), {"a": 0.3}, {"*.weight": "l2"}, {"a": {0: 2.0}})
+    expected = objective.step([batch(all_, 0, N)], other, process_group=world.solo)
+    found = objective.step(mine, net)
+    np.testing.assert_allclose(found.value, expected.value, rtol=1e-12)
+    assert set(found.terms) == set(expected.terms)
+    for name, term in expected.terms.items():
+        np.testing.assert_allclose(found.terms[name].value, term.value, rtol=1e-12, err_msg=name)
+        if term.tally.groups is not None:
+            theirs = found.terms[name].by("class")
+            for key, value in term.by("class").items():
+                np.testing.assert_allclose(theirs[key], value, rtol=1e-11, atol=1e-14, err_msg=f"{name} {key}")
+    expect_gradients(net, other)
+    # Gradients add up, as backward adds.
+    objective.step([batch(all_, 0, N)], other, process_group=world.solo)
+    objective.step(mine, net)
+    expect_gradients(net, other)
+
+
+@case()
+def step_by_sample(world):
+    """Rows by sample are numbered over the ranks."""
+    x, y, _, _ = data()
+    net, other = two("plain")
+    objective = ll.Objective({"a": None, "b": L.BinaryCrossentropy(**LOGITS)})
+    y = {"b": y["b"]}
+    expected = objective.step([(x, y)], other, by="sample", process_group=world.solo)
+    found = objective.step([(x[a:b], cut(y, a, b)) for a, b in share(world, "several")], net, by="sample")
+    name = next(iter(expected.terms))
+    mine, theirs = found.terms[name].by("sample"), expected.terms[name].by("sample")
+    assert list(mine) == list(theirs)
+    np.testing.assert_allclose(list(mine.values()), list(theirs.values()), rtol=1e-12)
+
+
+OPTIONS = {
+    "uneven": {},
+    "idle": {"batch_size": 11, "accumulate": 1},
+    "accumulate": {"batch_size": 2, "accumulate": 3},
+    "tiny": {"batch_size": 1},
+    "adam": {"optimizer": "adam"},
+    "clip": {"clip_norm": 0.05, "ema": 0.7},
+    "record": {"on_nonfinite": "record", "validation_split": 0.3},
+    "steps": {"steps_per_epoch": 2},
+}
+COMPILE = ("optimizer", "clip_norm", "ema", "on_nonfinite")
+
+
+def trained(net, group, options, aux=False, **more):
+    options = {"batch_size": 7, "epochs": 2, "seed": 5, "verbose": 0, **options, **more}
+    x, y, weight, mask = data()
+    model = ll.Model(net, process_group=group)
+    compiling = {name: options.pop(name) for name in COMPILE if name in options}
+    model.compile(
+        **{"optimizer": "sgd", **compiling},
+        loss=LOSSES["several"](),
+        loss_weights={"a": 0.3, "kl": 0.1} if aux else {"a": 0.3},
+        regularizers={"*.weight": "l2"},
+        metrics={"a": ["accuracy"], "b": ["binary_accuracy"]},
+        weighted_metrics={"b": ["mse"]},
+    )
+    if "validation_split" not in options:
+        options["validation_data"] = (x[:9], cut(y, 0, 9), cut(weight, 0, 9))
+    history = model.fit(x, y, sample_weight=weight, mask=mask, class_weight={"a": {0: 2.0}}, **options)
+    return model, history
+
+
+def expect_history(found, expected, tolerance=1e-11):
+    assert list(found.history) == list(expected.history)
+    for name, values in expected.history.items():
+        np.testing.assert_allclose(found.history[name], values, rtol=tolerance, err_msg=name)
+    mine, theirs = found.ledger.rows, expected.ledger.rows
+    assert len(mine) == len(theirs)
+    for row, other in zip(mine, theirs, strict=True):
+        for name in row.__dataclass_fields__:
+            a, b = getattr(row, name), getattr(other, name)
+            if isinstance(b, float):
+                np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-13, err_msg=f"{row} {name}")
+            else:
+                assert a == b, (row, other)
+    assert len(found.ledger.metrics) == len(expected.ledger.metrics)
+
+
+@case(*itertools.product(["plain", "ddp", "fsdp"], OPTIONS))
+def fit(world, wrapper, option):
+    """Weights, history and ledger of one process, with uneven shares, weights, masks, Dice over the batch."""
+    aux = wrapper != "fsdp"
+    net, other = two(wrapper, aux=aux)
+    # The root of the variance in Adam turns rounding of tiny gradients into steps.
+    tolerance = 1e-8 if option == "adam" else 1e-12
+    expected = trained(other, world.solo, OPTIONS[option], aux)
+    found = trained(net, None, OPTIONS[option], aux)
+    expect_weights(net, other, tolerance)
+    expect_history(found[1], expected[1], max(tolerance, 1e-11))
+    x, y, weight, mask = data()
+    for size in (4, 23, 1):
+        options = {"batch_size": size, "sample_weight": weight, "mask": mask, "verbose": 0, "return_dict": True}
+        mine, theirs = (model.evaluate(x, y, **options) for model in (found[0], expected[0]))
+        assert list(mine) == list(theirs)
+        np.testing.assert_allclose(list(mine.values()), list(theirs.values()), rtol=max(tolerance * 10, 1e-11))
+    mine, theirs = found[0].predict(x, batch_size=5), expected[0].predict(x, batch_size=5)
+    for name in theirs:
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=tolerance * 10, atol=tolerance * 10)
+
+
+def simple(net=None, loss="mse", group=None, **options):
+    torch.manual_seed(1)
+    model = ll.Model(
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double() if net is None else net, process_group=group
+    )
+    model.compile("sgd", loss, **options)
+    return model
+
+
+def pairs(n=N):
+    x, y, _, _ = data(n)
+    return x, y["b"]
+
+
+@case("plain", "fsdp")
+def loaders_of_other_lengths(world, wrapper):
+    """Each rank has a loader of its own; those that end early wait for nobody, and nobody waits for them."""
+    x, y = pairs()
+    loss = L.BinaryCrossentropy(**LOGITS) + L.Dice(from_logits="sigmoid")
+    count = 2 + 3 * world.rank
+    spans = [(world.rank * 7 + 2 * i) % (N - 4) for i in range(count)]
+    mine = [(x[a : a + 1 + i % 3], y[a : a + 1 + i % 3]) for i, a in enumerate(spans)]
+    everything = [None] * world.size
+    dist.all_gather_object(everything, mine)
+    model, one = simple(loss=loss), simple(loss=loss, group=world.solo)
+    if wrapper == "fsdp":
+        fully_shard(model.net)
+        model.compile("sgd", loss)
+    # One process takes the windows as they were: in turn, two batches of each rank.
+    windows = []
+    for start in range(0, max(map(len, everything)), 2):
+        parts = [b for batches in everything for b in batches[start : start + 2]]
+        windows.append(tuple(torch.cat([p[i] for p in parts]) for i in range(2)))
+    found = model.fit(mine, epochs=2, accumulate=2, verbose=0, validation_data=mine)
+    expected = one.fit(windows, epochs=2, verbose=0, validation_data=[b for part in everything for b in part])
+    expect_weights(model.net, one.net)
+    expect_history(found, expected)
+
+
+@case()
+def nobody_has_data(world):
+    model = simple()
+    with pytest.raises(EmptyDataError):
+        model.fit((b for b in ()), verbose=0)
+    with pytest.raises(EmptyDataError):
+        simple().evaluate((b for b in ()), verbose=0)
+    with pytest.raises(EmptyDataError):
+        model.objective.step([], model.net)
+
+
+@case("raise", "skip")
+def not_finite(world, policy):
+    """A bad sample of one rank: all leave the step out, or stop with its number."""
+    x, y = pairs()
+    x[21] = torch.nan
+    weight = torch.ones(N).double()
+    model, one = simple(on_nonfinite=policy), simple(group=world.solo, on_nonfinite=policy)
+    options = {"batch_size": 6, "epochs": 2, "seed": 3, "verbose": 0, "sample_weight": weight}
+    if policy == "raise":
+        with pytest.raises(NonFiniteError, match="data set indices 21"):
+            one.fit(x, y, **options)
+        with pytest.raises(NonFiniteError, match="data set indices 21"):
+            model.fit(x, y, **options)
+    else:
+        expect_history(model.fit(x, y, **options), one.fit(x, y, **options))
+    expect_weights(model.net, one.net)
+
+
+@case()
+def weights_of_rank_0_are_the_start(world):
+    """Ranks that begin elsewhere, as with other seeds, train one model; unseeded orders are one order."""
+    x, y = pairs()
+    torch.manual_seed(100 + world.rank)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+    net.register_buffer("where", torch.tensor(float(world.rank)))
+    model = ll.Model(net)
+    model.compile("adam", "mse")
+    history = model.fit(x, y, batch_size=4, epochs=2, verbose=0)
+    everyone = [None] * world.size
+    state = {k: v.numpy() for k, v in net.state_dict().items()}
+    dist.all_gather_object(everyone, (state, history.history, history.params))
+    for other, numbers, params in everyone:
+        assert numbers == history.history
+        assert params == history.params
+        for name, value in other.items():
+            np.testing.assert_array_equal(value, state[name])
+
+
+@case()
+def dropout_differs_by_rank(world):
+    """Even where a script seeds all ranks alike."""
+    masks = []
+
+    class Drop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line = nn.Linear(3, 2).double()
+
+        def forward(self, x):
+            if self.training:
+                masks.append(torch.rand(4).tolist())
+            return self.line(x)
+
+    torch.manual_seed(0)
+    simple(Drop()).fit(*pairs(), verbose=0, seed=0)
+    everyone = [None] * world.size
+    dist.all_gather_object(everyone, masks[0])
+    assert len({tuple(m) for m in everyone}) == world.size
+
+
+@case()
+def files_are_written_once(world):
+    """Callbacks run on all ranks with the same numbers; rank 0 writes the files, the ledger among them."""
+    folder = world.out / "files"
+    seen = []
+    model, one = simple(), simple(group=world.solo)
+    calls = ll.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(dict(logs)))
+    history = (
+        model.fit(
+            *pairs(),
+            epochs=3,
+            verbose=0,
+            seed=0,
+            run_dir=folder / "run",
+            callbacks=[
+                calls,
+                ll.callbacks.CSVLogger(folder / "log.csv"),
+                ll.callbacks.ModelCheckpoint(folder / "w{epoch}.safetensors"),
+                ll.callbacks.EarlyStopping("loss", patience=9),
+            ],
+        )
+        if (folder.mkdir(exist_ok=True), dist.barrier())[1] is None
+        else None
+    )
+    one.fit(*pairs(), epochs=3, verbose=0, seed=0)
+    assert [log["loss"] for log in seen] == history.history["loss"]
+    dist.barrier()
+    book = ll.Ledger.open(folder / "run")
+    assert book.rows == history.ledger.rows
+    assert len(list((folder / "run" / "ledger").glob("*.parquet"))) == 3
+    assert len((folder / "log.csv").read_text().splitlines()) == 4
+    fresh = simple()
+    fresh.load_weights(folder / "w3.safetensors")
+    expect_weights(fresh.net, one.net)
+
+
+@case()
+def one_rank_may_end_the_training(world):
+    class Stop(ll.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs):
+            self.model.stop_training = world.rank == 1 and epoch == 1
+
+    history = simple().fit(*pairs(), epochs=5, verbose=0, callbacks=[Stop()])
+    assert history.epoch == [0, 1]
+
+
+@case("plain", "fsdp")
+def single_batches_and_weights(world, wrapper):
+    x, y = pairs()
+    model, one = simple(metrics=["mae"]), simple(group=world.solo, metrics=["mae"])
+    if wrapper == "fsdp":
+        fully_shard(model.net)
+        model.compile("sgd", "mse", metrics=["mae"])
+    for n in (5, 1, 23):
+        np.testing.assert_allclose(model.train_on_batch(x[:n], y[:n]), one.train_on_batch(x[:n], y[:n]), rtol=1e-12)
+        np.testing.assert_allclose(model.test_on_batch(x[:n], y[:n]), one.test_on_batch(x[:n], y[:n]), rtol=1e-12)
+    expect_weights(model.net, one.net)
+    path = world.out / f"{wrapper}.safetensors"
+    model.save_weights(path)
+    other = simple(group=world.solo)
+    other.load_weights(path)
+    expect_weights(other.net, one.net)
+    model.fit(x, y, verbose=0)
+    model.load_weights(path)
+    expect_weights(model.net, one.net)
+
+
+@case()
+def torchmetrics_over_ranks(world):
+    torchmetrics = pytest.importorskip("torchmetrics")
+    x, y = pairs()
+    found = []
+    for group in (None, world.solo):
+        model = simple(group=group, metrics=[torchmetrics.MeanAbsoluteError()])
+        if group is not None:
+            # torchmetrics asks the default group unless it is told another.
+            model = simple(group=group, metrics=[torchmetrics.MeanAbsoluteError(process_group=group)])
+        found.append(model.fit(x, y, batch_size=world.size * 4 - 3, epochs=2, seed=0, verbose=0).history)
+    for name in found[0]:
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-6, err_msg=name)
+
+
+@case()
+def refused(world):
+    x, y = pairs()
+    labels = torch.arange(N) % 3
+    with pytest.raises(InputError, match="compares the samples"):
+        simple(loss=L.SupervisedContrastive()).fit(x, labels, verbose=0)
+    with pytest.raises(InputError, match="compares the samples"):
+        simple(loss=L.SupervisedContrastive()).evaluate(x, labels, verbose=0)
+    with pytest.raises(InputError, match="declared scalar"):
+        simple(loss=lambda a, b: (a - b).square().mean()).fit(x, y, verbose=0)
+    with pytest.raises((InputError, RankError), match="the same arrays on every rank"):
+        simple().fit(x[world.rank :], y[world.rank :], verbose=0)
+    with pytest.raises(ll.errors.InputTypeError, match="process_group"):
+        ll.Model(nn.Linear(1, 1), process_group=3).fit(x, y)
+
+
+@case()
+def batch_normalization_warns(world):
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
+    model = ll.Model(net)
+    model.compile("sgd", "mse")
+    if world.rank == 0:
+        with pytest.warns(UserWarning, match="SyncBatchNorm"):
+            model.fit(*pairs(), batch_size=12, steps_per_epoch=1, verbose=0)
+    else:
+        model.fit(*pairs(), batch_size=12, steps_per_epoch=1, verbose=0)
+    everyone = [None] * world.size
+    dist.all_gather_object(everyone, net[1].running_mean.tolist())
+    assert all(found == everyone[0] for found in everyone)
+
+
+@case("loader", "model")
+def a_rank_that_fails_ends_all(world, where):
+    """The error is on its rank, its text on the others, at once; then a new fit works."""
+    x, y = pairs()
+    last = world.size - 1
+
+    def batches():
+        for i in range(4):
+            if where == "loader" and world.rank == last and i == 2:
+                raise ValueError("the disk is full")
+            yield x[i : i + 3], y[i : i + 3]
+
+    class Fragile(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            Fragile.calls += 1
+            if where == "model" and world.rank == last and Fragile.calls == 3:
+                raise ValueError("the disk is full")
+            return super().forward(x)
+
+    model = simple(Fragile(3, 2).double(), loss=L.Dice(from_logits="sigmoid"))
+    with pytest.raises(ValueError if world.rank == last else RankError, match="the disk is full"):
+        model.fit(batches(), verbose=0)
+    again, one = simple(), simple(group=world.solo)
+    again.fit(x, y, seed=0, verbose=0)
+    one.fit(x, y, seed=0, verbose=0)
+    expect_weights(again.net, one.net)
