@@ -344,8 +344,11 @@ class Window:
         assert self.net is not None
         sum_gradients(self.share.group, self.net)
         found = Backprop({}, [], [])
-        if propagate(found, self._penalties):
-            place_gradients(self.net)
+        # Apart from those of the data, beside which they may have to be divided first.
+        data = Gradients(self.net)
+        propagate(found, self._penalties)
+        place_gradients(self.net)
+        data.add()
         if self.share.leads:
             self.tallies |= found.tallies
 
