@@ -36,6 +36,7 @@ ROOMS = [
     "report",
     "explain",
     "training",
+    "check_distributed",
     "demo",
     "cli",
 ]

@@ -143,7 +143,7 @@ def check_shared(group: Group, objective: Objective, *given: Data | None) -> Non
         if len(set(lengths)) == 1:
             continue
         raise InputError(
-            f"x: expected the same arrays on every rank, each of which takes its share; received {list(lengths)} samples by "
+            f"x: expected the same arrays on every rank, which takes its share; received {list(lengths)} samples by "
             "rank (-1 for an iterable). Pass all of the data on every rank, or a loader of its own on each."
         )
 
