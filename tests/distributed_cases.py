@@ -194,6 +194,28 @@ def step(world, wrapper, loss, split):
     expect_gradients(net, other)
 
 
+@case("plain", "ddp", "fsdp")
+def open_window(world, wrapper):
+    """The caller calls the wrapper itself, which must neither average nor wait."""
+    x, y = pairs()
+    torch.manual_seed(2)
+    net, other = (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double() for _ in range(2))
+    other.load_state_dict(net.state_dict())
+    if wrapper == "ddp":
+        net.register_buffer("held", torch.zeros(()))
+        net = DistributedDataParallel(net)
+    elif wrapper == "fsdp":
+        fully_shard(net)
+    objective = ll.Objective(L.BinaryCrossentropy(**LOGITS) + L.Dice(from_logits="sigmoid"))
+    expected = objective.step([(x, y)], other, process_group=world.solo)
+    split = "idle" if wrapper != "fsdp" else "several"
+    with objective.window([(x[a:b], y[a:b]) for a, b in share(world, split)], net) as window:
+        for one in window:
+            window.backward(net(one.x))
+    np.testing.assert_allclose(window.breakdown.value, expected.value, rtol=1e-12)
+    expect_gradients(net, other)
+
+
 @case()
 def step_by_sample(world):
     """Rows by sample are numbered over the ranks."""

@@ -33,7 +33,7 @@ def outcome(size):
     return run_ranks(run_cases, size, "distributed_cases", limit=300)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", distributed_cases.CASES)
 def test_ranks_are_one_process(name, size):
     folder, codes = outcome(size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,9 +115,13 @@ class Fitting:
         current = loop.Pass(self.plan.objective, self.metrics, self.device, show, self.group)
         length = self.data.length
         order = order_of(length, self.seed, epoch) if length is not None and self.shuffled else None
-        if backup is None:
+        if backup is None and self.group.size > 1:
             windows = turns(
                 self.data, options.batch_size, options.accumulate, options.steps, order, self.group, current.is_due
+            )
+        elif backup is None:
+            windows = alone(
+                itertools.islice(self.data.batches(options.batch_size, order), options.steps), options.accumulate
             )
         else:
             windows = alone(backup.batches(options.batch_size, order, options.steps, current), options.accumulate)
