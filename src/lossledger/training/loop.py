@@ -276,6 +276,23 @@ def train_epoch(
     return current.result()
 
 
+def train_single(plan: StepPlan, data: Data, current: Pass, watch: bool) -> PassResult:
+    """One step on one batch, of which each rank takes its share.
+
+    Raises:
+        NonFiniteError: the loss is not finite, and `watch` is set.
+    """
+    device = plan.parameters[0].device
+    turn = next(turns(data, data.length or 1, 1, None, None, current.group, current.is_due))
+    batches = tuple(to_device(batch, device) for batch in turn.batches)
+    spare = None if turn.spare is None else to_device(turn.spare, device)
+    done = train_step(plan, batches, None, False, current.observe, turn.share, spare)
+    current.add(done.tallies, done)
+    if watch:
+        stop_if_bad(plan, current, [(1, batches, done)])
+    return current.result()
+
+
 def stop_if_bad(plan: StepPlan, current: Pass, recent: Sequence[tuple[int, tuple[Batch, ...], StepResult]]) -> None:
     """Raise the error of the first recent step that was left out, if the count says there was one.
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lossledger.batch import to_device
 from lossledger.distributed import Group, joined, together, unwrapped
 from lossledger.errors import InputError, NonFiniteError
 from lossledger.forward import Recipe
@@ -28,7 +27,7 @@ from lossledger.training.history import History
 from lossledger.training.modes import training
 from lossledger.training.progress import Show
 from lossledger.training.provenance import provenance, recipe
-from lossledger.training.step import StepPlan, train_step
+from lossledger.training.step import StepPlan
 from lossledger.training.summary import summary_table
 
 
@@ -428,14 +427,8 @@ class Model:
         plan = self._compiled().weighted(class_weight)
         plan.optimizer.zero_grad(set_to_none=True)
         current = self._single(plan.objective)
-        turn = next(sharing.turns(data, data.length, 1, None, None, current.group, current.is_due))
-        batches, spare = (tuple(to_device(b, self._device()) for b in found) for found in (turn.batches, turn.spares))
         with training(self.net):
-            done = train_step(plan, batches, None, False, current.observe, turn.share, next(iter(spare), None))
-        current.add(done.tallies, done)
-        if settings.on_nonfinite == "raise":
-            loop.stop_if_bad(plan, current, [(1, batches, done)])
-        result = current.result()
+            result = loop.train_single(plan, data, current, settings.on_nonfinite == "raise")
         return result.logs if return_dict else _as_keras(result.logs)
 
     @sharing.on_all_ranks
@@ -465,9 +458,8 @@ class Model:
         Args:
             path: path of the file; an existing file is replaced once the new one is complete.
         """
-        group = self._group()
         state = weights.whole(self._forward)
-        together(group, lambda: weights.save(state, path) if group.rank == 0 else None)
+        together(self._group(), lambda: weights.save(state, path) if self.writes else None)
 
     def load_weights(self, path: str | Path) -> None:
         """Read weights that `save_weights` wrote.

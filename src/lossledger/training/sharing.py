@@ -56,11 +56,6 @@ class Turn:
     spare: Batch | None
     due: bool
 
-    @property
-    def spares(self) -> tuple[Batch, ...]:
-        """The spare batch, if there is one."""
-        return () if self.spare is None else (self.spare,)
-
 
 def turns(
     data: Data,
