@@ -38,8 +38,7 @@ class Model:
         net: any `torch.nn.Module`, also a Keras 3 model on the torch backend; it stays where it is, and is the same
             object as before. Of a `DistributedDataParallel` the module inside is taken.
         output_names: names of the outputs, when the module returns a list or tuple; those of a Keras model are known.
-        process_group: the ranks that share the data, where torch.distributed runs: a process group or a mesh of one
-            dimension (data × context parallel, never tensor parallel); all ranks if `None`.
+        process_group: the ranks that share the data, or a mesh of one dimension; all ranks if `None`. See `window`.
 
     Raises:
         InputTypeError: no torch module, such as a Keras model on another backend.
@@ -224,8 +223,7 @@ class Model:
         Raises:
             CheckpointError: a run that cannot be resumed: damaged, of another recipe, or on data that cannot go on.
         """
-        group = self._group()
-        written = run_dir if self.writes else None
+        group, written = self._group(), run_dir if self.writes else None
         boundary.check_fit(batch_size, epochs, accumulate, initial_epoch, validation_freq, written, resume)
         settings = self._require_compiled()
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype()))
@@ -453,10 +451,8 @@ class Model:
     def save_weights(self, path: str | Path) -> None:
         """Write the weights and buffers as safetensors, to a temporary file first, so that no half file is left.
 
-        All ranks call it, and rank 0 writes.
-
         Args:
-            path: path of the file; an existing file is replaced once the new one is complete.
+            path: path of the file, which rank 0 replaces once the new one is complete; all ranks call.
         """
         state = weights.whole(self._forward)
         together(self._group(), lambda: weights.save(state, path) if self.writes else None)
@@ -492,7 +488,7 @@ class Model:
 
     def _show(self, verbose: Any) -> Show:
         """The progress display: one for all ranks."""
-        return Show(verbose if self._group().rank == 0 else 0)
+        return Show(verbose if self.writes else 0)
 
     def _single(self, objective: Objective) -> loop.Pass:
         return loop.Pass(objective, self._compiled().metrics, self._device(), Show(0), self._group())
