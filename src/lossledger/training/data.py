@@ -56,12 +56,8 @@ class ArrayData:
 
     def between(self, start: int, stop: int, order: Tensor | None) -> Batch:
         """The batch of the samples from `start` to `stop` of the given order."""
-        if order is None:
-            return self._batch(_slicer(start, stop), torch.arange(start, stop))
-        ids = order[start:stop]
-        return self._batch(_picker(ids), ids)
-
-    def _batch(self, take: Callable[[Tensor], Tensor], ids: Tensor) -> Batch:
+        ids = torch.arange(start, stop) if order is None else order[start:stop]
+        take = _slicer(start, stop) if order is None else _picker(ids)
         return Batch(
             map_structure(take, self.x),
             map_structure(take, self.y),

@@ -113,7 +113,7 @@ def bad_gradient(parameters: tuple[nn.Parameter, ...]) -> Tensor:
     """Whether any gradient is not finite, on the device."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     # A plain model pays no call for each gradient.
-    if [g for g in gradients if hasattr(g, "to_local")]:
+    if set(map(type, gradients)) != {Tensor}:
         gradients = [local(g) for g in gradients]
     norms = torch._foreach_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
     return not_finite(torch.stack(norms).sum())

@@ -52,9 +52,9 @@ class Turn:
     """
 
     batches: tuple[Batch, ...]
-    share: Share
-    spare: Batch | None
-    due: bool
+    share: Share = LONE_SHARE
+    spare: Batch | None = None
+    due: bool = False
 
 
 def turns(
@@ -94,8 +94,7 @@ def turns(
 
 def alone(batches: Iterator[Batch], accumulate: int) -> Iterator[Turn]:
     """The windows of one process."""
-    for window in iter(lambda: tuple(itertools.islice(batches, accumulate)), ()):
-        yield Turn(window, LONE_SHARE, None, False)
+    return map(Turn, iter(lambda: tuple(itertools.islice(batches, accumulate)), ()))
 
 
 def own_batches(data: Data, batch_size: int, order: Tensor | None, group: Group) -> Iterator[Batch | None]:
