@@ -7,8 +7,10 @@ import csv
 import functools
 import itertools
 import math
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -1314,36 +1316,16 @@ def test_a_step_reads_nothing_on_the_host(monkeypatch, optimizer, case):
     assert counts[1] - counts[0] == 0
 
 
-def python_calls(steps):
-    """Python function calls of one epoch of so many steps."""
-    x, y = torch.randn(steps * 4, 3), (torch.rand(steps * 4, 1) < 0.5).float()
-    model = compiled(mlp(dtype=torch.float32), L.BinaryCrossentropy(**LOGITS), "adam")
-    count = 0
-
-    def profile(frame, event, argument):
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(profile)
-    try:
-        fit(model, x, y, batch_size=4, shuffle=True, seed=0)
-    finally:
-        sys.setprofile(None)
-    return count
+CALL_BUDGET = 258
 
 
-CALL_BUDGET = 263
-
-
-def test_a_step_makes_few_python_calls(monkeypatch):
-    """The cost of a small model is Python's. Array path, binary cross-entropy, ledger by class, "adam"."""
-    monkeypatch.setattr(loop, "LOG_SECONDS", 1e9)
-    # What the checks of the first batch call depends on its values; they run once, not in each step.
-    monkeypatch.setattr(checking.Checking, "_batch", lambda self, *arguments: None)
-    python_calls(5)
-    calls = (python_calls(120) - python_calls(20)) / 100
-    print(f"{calls:.1f} Python calls a step")
-    assert calls <= CALL_BUDGET
+def test_a_step_makes_few_python_calls():
+    """The cost of a small model is Python's."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("calls.py"))], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= CALL_BUDGET
 
 
 def test_warnings_of_a_plain_fit_are_none():

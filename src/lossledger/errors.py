@@ -78,6 +78,10 @@ class CheckpointError(LossledgerError, ValueError):
     """A checkpoint that cannot be written or read, or that belongs to another recipe."""
 
 
+# So many names are read; of more, the nearest are shown.
+READABLE = 40
+
+
 class UnknownNameError(InputError):
     """A name that nobody declared; the message suggests the nearest one.
 
@@ -92,7 +96,9 @@ class UnknownNameError(InputError):
         names = sorted(str(k) for k in known)
         near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
         suggestion = f" Did you mean {near[0]!r}?" if near else ""
-        listed = ", ".join(repr(n) for n in names) or "none"
+        shown = names if len(names) <= READABLE else difflib.get_close_matches(str(name), names, n=5, cutoff=0.3)
+        rest = f" and {len(names) - len(shown)} others" if len(shown) < len(names) else ""
+        listed = ", ".join(repr(n) for n in shown) + rest if shown else f"{len(names)} names" if names else "none"
         super().__init__(f"{keras or f'Unknown {what}'}: expected one of {listed}; received {name!r}.{suggestion}")
 
 
