@@ -13,7 +13,7 @@ import torch
 
 import lossledger as ll
 import oracles
-from lossledger.errors import InputError, InputTypeError
+from lossledger.errors import InputError, InputTypeError, UnknownNameError
 
 L = ll.losses
 
@@ -293,3 +293,17 @@ def test_dtype_is_fixed_and_saved_only_if_given():
     for wrong in (32, "nothing", "cat"):
         with pytest.raises(InputTypeError):
             L.MeanSquaredError(dtype=wrong)
+
+
+def test_classes_of_the_caller_are_deserialized_too():
+    class Mine(L.Loss):
+        def call(self, y_true, y_pred):
+            return (y_true - y_pred).abs().mean(-1)
+
+    config = L.serialize(Mine(reduction="sum"))
+    again = L.deserialize(config, custom_objects={"Mine": Mine})
+    assert type(again) is Mine and again.get_config() == config["config"]
+    both = L.deserialize(L.serialize(0.5 * Mine() + L.MeanSquaredError()), custom_objects={"Mine": Mine})
+    assert type(both.terms[0][1]) is Mine
+    with pytest.raises(UnknownNameError, match="Mine"):
+        L.deserialize(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
@@ -167,33 +168,38 @@ def serialize(loss: Loss | Expression) -> dict[str, Any]:
     return {"class_name": type(loss).__name__, "config": loss.get_config()}
 
 
-def deserialize(config: dict[str, Any]) -> Loss | Expression:
+def deserialize(name: dict[str, Any], custom_objects: Mapping[str, type[Loss]] | None = None) -> Loss | Expression:
     """The loss of a configuration made by `serialize`.
+
+    Args:
+        name: the configuration, `{"class_name": …, "config": …}`; the argument is called so in Keras.
+        custom_objects: classes of your own by name.
 
     Raises:
         InputError: not a configuration of a loss.
         UnknownNameError: a class that is no built-in loss, or an argument that the class does not have.
     """
-    if not isinstance(config, dict) or not set(config) >= {"class_name", "config"}:
-        raise InputError(f"Expected {{'class_name': …, 'config': …}}, received {config!r}.")
-    name, arguments = config["class_name"], config["config"]
+    if not isinstance(name, dict) or not set(name) >= {"class_name", "config"}:
+        raise InputError(f"Expected {{'class_name': …, 'config': …}}, received {name!r}.")
+    kind, arguments = name["class_name"], name["config"]
     if not isinstance(arguments, dict):
-        raise InputError(f"config of {name!r}: expected a dict of arguments, received {type(arguments).__name__}.")
-    if name == "Expression":
-        return _expression(arguments)
-    if name not in CLASSES:
-        raise UnknownNameError("loss class", name, CLASSES)
-    known = [argument for argument in inspect.signature(CLASSES[name].__init__).parameters if argument != "self"]
+        raise InputError(f"config of {kind!r}: expected a dict of arguments, received {type(arguments).__name__}.")
+    if kind == "Expression":
+        return _expression(arguments, custom_objects)
+    classes = {**CLASSES, **(custom_objects or {})}
+    if kind not in classes:
+        raise UnknownNameError("loss class", kind, classes)
+    known = [argument for argument in inspect.signature(classes[kind].__init__).parameters if argument != "self"]
     for argument in arguments:
         if argument not in known:
-            raise UnknownNameError(f"argument of {name}", argument, known)
-    return CLASSES[name].from_config(arguments)
+            raise UnknownNameError(f"argument of {kind}", argument, known)
+    return classes[kind].from_config(arguments)
 
 
-def _expression(arguments: dict[str, Any]) -> Expression:
+def _expression(arguments: dict[str, Any], custom_objects: Mapping[str, type[Loss]] | None) -> Expression:
     terms = []
     for pair in arguments.get("terms", ()):
-        part = deserialize(pair[1]) if isinstance(pair, list | tuple) and len(pair) == 2 else None
+        part = deserialize(pair[1], custom_objects) if isinstance(pair, list | tuple) and len(pair) == 2 else None
         if not isinstance(part, Loss):
             raise InputError(f"terms of 'Expression': expected pairs of a number and a loss, received {pair!r}.")
         terms.append((factor_of(pair[0]), part))
