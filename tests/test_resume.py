@@ -130,11 +130,17 @@ def mixed():
     return 0.5 * bce + ll.losses.Dice(axis=(0, 1), from_logits="sigmoid")
 
 
+def curves():
+    absent = ll.losses.Dice(grouping="class", absent="skip", from_logits="sigmoid")
+    return absent + ll.losses.FocalTversky(grouping="class", from_logits="sigmoid")
+
+
 # By name: options of compile, of fit, and the callbacks, made anew for each process.
 CASES = {
     "plain": ({}, {}, lambda d: []),
     "validation": ({"metrics": ["mae", "iou"]}, {"validation_split": 0.3, "validation_freq": 2}, lambda d: []),
     "average, clipping, penalties": ({"ema": 0.8, "clip_norm": 1.0, "regularizers": {"*": "l2"}}, {}, lambda d: []),
+    "curves of ratios": ({"loss": curves()}, {}, lambda d: []),
     "momentum": ({"optimizer": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=True)}, {}, lambda d: []),
     "rmsprop": ({"optimizer": "rmsprop"}, {}, lambda d: []),
     "early stopping": (

@@ -25,7 +25,7 @@ from lossledger.losses.arguments import dtype_of, snake_case
 from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
-from lossledger.tally import Groups, Tally
+from lossledger.tally import Groups, Link, Tally
 from lossledger.values import not_finite, reciprocal
 from lossledger.weighting import ClassWeight, Weighting, align, as_tensor, class_vector, weighting
 
@@ -65,6 +65,8 @@ class Loss:
     # Whether tallies of parts of a batch add up to the tally of the whole.
     additive: ClassVar[bool] = True
     class_axis: int = -1
+    # From the sums of a ratio to its loss, where that is no plain quotient; it goes into the tallies.
+    link: Link | None = None
     # What `by="class"` means, which a subclass of the library declares: "column" (each column has its own target,
     # split by presence), "label" (exclusive classes), "output" (regression columns), or None (no classes).
     classes_are: ClassVar[str | None] = None

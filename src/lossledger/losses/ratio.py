@@ -112,6 +112,11 @@ class Overlap(ElementLoss):
         return self._cell_link
 
     @property
+    def link(self) -> Link | None:  # type: ignore[override]
+        """The link of the tallies over the batch; `None` for plain ratios."""
+        return None if self._plain else self._link
+
+    @property
     def _cell_link(self) -> CellLink:
         shift = 0.0 if self.smooth_numerator is None else self.smooth - self.smooth_numerator
         return CellLink(self._curve, shift, self.absent, self.reduction.statistic is not None)
@@ -291,7 +296,7 @@ class Overlap(ElementLoss):
             nonfinite=not_finite(numerator.detach()).sum(),
             groups=groups,
             statistics=None if self._plain else self._cell_statistics(batch, kept, scale),
-            link=None if self._plain else self._link,
+            link=self.link,
         )
 
     @property

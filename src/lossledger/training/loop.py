@@ -120,7 +120,7 @@ class Pass:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was told; no step of it was left out and not yet reported."""
         self.steps = state["steps"]
-        self.running.load_state_dict(state["running"])
+        self.running.load_state_dict(state["running"], {t.name: t.loss.link for t in self.objective.terms})
         self.measures.load_state_dict(state["measures"], self._bad_steps.device)
 
     def bad_steps(self) -> int:

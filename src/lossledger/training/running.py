@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossledger.tally import Groups, Tally
+from lossledger.tally import Groups, Link, Tally
 
 
 class Running:
@@ -66,9 +67,9 @@ class Running:
         """The sums, and what the tallies they belong to are like."""
         return {"sums": self._sums, "patterns": {name: _kind(tally) for name, tally in self._patterns.items()}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from sums that `state_dict` told."""
-        self._patterns = {name: _pattern(**kind) for name, kind in state["patterns"].items()}
+    def load_state_dict(self, state: dict[str, Any], links: Mapping[str, Link | None]) -> None:
+        """Go on from sums that `state_dict` told; the links of the terms are those of their losses."""
+        self._patterns = {name: _pattern(**kind, link=links.get(name)) for name, kind in state["patterns"].items()}
         self._sums = {
             name: [v.to(self._device, copy=True) if isinstance(v, Tensor) else v for v in values]
             for name, values in state["sums"].items()
@@ -100,9 +101,10 @@ def _kind(tally: Tally) -> dict[str, Any]:
     return found | {"groups": None if groups is None else (groups.kind, groups.keys, groups.cell)}
 
 
-def _pattern(coefficient: Any, offset: Any, form: Any, groups: tuple[Any, ...] | None) -> Tally:
+def _pattern(coefficient: Any, offset: Any, form: Any, groups: tuple[Any, ...] | None, link: Link | None) -> Tally:
     empty = None if groups is None else Groups(groups[0], groups[1], 0, 0, 0, 0, groups[2])
-    return Tally(0, 0, 0, 0, coefficient, offset, form, groups=empty)
+    statistics = None if link is None or form != "ratio" else 0
+    return Tally(0, 0, 0, 0, coefficient, offset, form, groups=empty, statistics=statistics, link=link)
 
 
 # Positions of the counts among the slots: count, nonfinite, and the counts of the groups.
