@@ -1,5 +1,5 @@
 """The command line: `lossledger demo`, `lossledger report RUN`, `lossledger compare FILE`,
-`lossledger explain FILE`, `lossledger check FILE`, `lossledger diff A B`.
+`lossledger explain FILE`, `lossledger check FILE`, `lossledger diff A B`, `lossledger query RUN SQL`.
 """
 
 from __future__ import annotations
@@ -192,3 +192,17 @@ def diff(
 
     found = Ledger.open(first).diff(Ledger.open(second), split, epoch, other_epoch, by)
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("sql")
+@click.option("--csv", "form", flag_value="csv", help="Print CSV.")
+@click.option("--json", "form", flag_value="json", help="Print JSON.")
+def query(run: Path, sql: str, form: str | None) -> None:
+    """Print what one SELECT finds in the tables ledger and metrics of RUN, a run folder or a folder of runs."""
+    from lossledger.ledger import Ledger
+
+    table = Ledger.open(run).query(sql)
+    shown = {"csv": table.to_csv, "json": table.to_json}.get(form or "", table.__str__)()
+    click.echo(shown, nl=not shown.endswith("\n"))

@@ -6,16 +6,17 @@ It only ever grows. What was saved is never rewritten: each save adds one segmen
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lossledger.errors import InputError, LedgerError, UnknownNameError
-from lossledger.ledger import segments
+from lossledger.ledger import query, segments
+from lossledger.ledger.columns import INTEGER, REAL, TEXT, Column, Columns, Records, grouped, joined
 from lossledger.ledger.diff import Diff, Side, difference
 from lossledger.ledger.table import Table, exact_sum, roll_up
 
-_SQL_TYPES = {"str": "VARCHAR", "int": "BIGINT", "int | None": "BIGINT", "float": "DOUBLE"}
+_SQL_TYPES = {"str": TEXT, "int": INTEGER, "int | None": INTEGER, "float": REAL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class MetricRow:
 
 ROW_COLUMNS = {item.name: _SQL_TYPES[str(item.type)] for item in fields(Row)}
 METRIC_COLUMNS = {item.name: _SQL_TYPES[str(item.type)] for item in fields(MetricRow)}
+OPTIONAL = frozenset({"step"})
 
 
 class Imbalance(NamedTuple):
@@ -93,14 +95,20 @@ class Imbalance(NamedTuple):
     difference: float
 
 
-@dataclass
 class _Book:
     """The entries of one run."""
 
-    run: str
-    info: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    metrics: list[MetricRow] = field(default_factory=list)
+    def __init__(
+        self, run: str, info: dict[str, Any], rows: Columns | None = None, metrics: Columns | None = None
+    ) -> None:
+        self.run = run
+        self.info = info
+        self.rows = Records(Row, ROW_COLUMNS, OPTIONAL, rows)
+        self.metrics = Records(MetricRow, METRIC_COLUMNS, frozenset(), metrics)
+
+    def epoch_rows(self, split: str, epoch: int) -> list[Row]:
+        """The rows of a whole epoch."""
+        return self.rows.where(split=split, epoch=epoch, step=None)
 
 
 class Ledger:
@@ -174,8 +182,8 @@ class Ledger:
         0.9
         """
         book = self._only_book("append to")
-        book.rows.extend(rows)
-        book.metrics.extend(metrics)
+        book.rows.extend(list(rows))
+        book.metrics.extend(list(metrics))
 
     def select(self, run: str) -> Ledger:
         """A ledger of one run, sharing its entries.
@@ -227,14 +235,14 @@ class Ledger:
         folder = _absolute(path)
         segments.write_run_file(folder, book.run, book.info)
         rows, metrics = self._written.get(folder, (0, 0))
-        if new_rows := [_fields(row, ROW_COLUMNS) for row in book.rows[rows:]]:
-            segments.write_segment(folder / "ledger", ROW_COLUMNS, new_rows)
-        rows += len(new_rows)
+        if len(book.rows) > rows:
+            segments.write_segment(folder / "ledger", book.rows.after(rows))
+        rows = len(book.rows)
         # Noted at once, so that a failure below does not write these rows a second time.
         self._written[folder] = (rows, metrics)
-        if new_metrics := [_fields(metric, METRIC_COLUMNS) for metric in book.metrics[metrics:]]:
-            segments.write_segment(folder / "metrics", METRIC_COLUMNS, new_metrics)
-        self._written[folder] = (rows, metrics + len(new_metrics))
+        if len(book.metrics) > metrics:
+            segments.write_segment(folder / "metrics", book.metrics.after(metrics))
+        self._written[folder] = (rows, len(book.metrics))
         self._path = folder
         return folder
 
@@ -271,7 +279,7 @@ class Ledger:
         """
         names = [by] if isinstance(by, str) else list(by)
         selected = {name.removesuffix("_"): value for name, value in where.items()}
-        return roll_up(self._entries(), names, selected)
+        return roll_up(self._columns("rows"), names, selected)
 
     def loss(self, split: str = "training", epoch: int | None = None) -> float:
         """The loss of an epoch, the last where none is given: the left-to-right sum of its terms.
@@ -279,9 +287,8 @@ class Ledger:
         Raises:
             InputError: the ledger holds several runs, or nothing for this split and epoch.
         """
-        rows = self._only_book("take the loss of").rows
-        wanted = self._epoch(split, epoch)
-        whole = [r for r in rows if r.kind == "term" and r.step is None and (r.split, r.epoch) == (split, wanted)]
+        book = self._only_book("take the loss of")
+        whole = [row for row in book.epoch_rows(split, self._epoch(split, epoch)) if row.kind == "term"]
         # Not sum(): from Python 3.12 it compensates, and would differ from the loss that was optimized.
         loss = 0.0
         for row in whole:
@@ -290,8 +297,9 @@ class Ledger:
 
     def _epoch(self, split: str, epoch: int | None) -> int:
         """The epoch asked for, or the last of the split."""
-        rows = self._only_book("take an epoch of").rows
-        epochs = sorted({r.epoch for r in rows if r.kind == "term" and r.step is None and r.split == split})
+        columns = self._only_book("take an epoch of").rows.columns()
+        whole = columns["split"].among((split,)) & columns["kind"].among(("term",)) & columns["step"].among((None,))
+        epochs = sorted(set(columns["epoch"].values[whole].tolist()))
         wanted = epochs[-1] if epoch is None and epochs else epoch
         if wanted is None or wanted not in epochs:
             known = ", ".join(map(str, epochs)) or "none"
@@ -334,14 +342,14 @@ class Ledger:
         """
         theirs = self if other is None else other
         if split is None:
-            both = {row.split for row in self.rows} & {row.split for row in theirs.rows}
+            both = set(self._columns("rows")["split"].names) & set(theirs._columns("rows")["split"].names)
             split = next((name for name in ("validation", "test") if name in both), "training")
         return difference(self._side(split, epoch), theirs._side(split, other_epoch), by)
 
     def _side(self, split: str, epoch: int | None) -> Side:
         book = self._only_book("compare")
         chosen = self._epoch(split, epoch)
-        rows = tuple(r for r in book.rows if r.step is None and (r.split, r.epoch) == (split, chosen))
+        rows = tuple(book.epoch_rows(split, chosen))
         return Side(f"{book.run}, {split}, epoch {chosen}", rows, book.info)
 
     def balance(self, tolerance: float = 1e-6) -> list[Imbalance]:
@@ -353,10 +361,39 @@ class Ledger:
         Returns:
             one entry for each split, epoch, step, term and kind that is out of balance; none if the books balance.
         """
-        return [entry for book in self._books for entry in _imbalances(book.rows, tolerance)]
+        return [entry for book in self._books for entry in _imbalances(book.rows.columns(), tolerance)]
 
-    def _entries(self) -> Iterator[tuple[str, Row]]:
-        return ((book.run, row) for book in self._books for row in book.rows)
+    def query(self, sql: str) -> Table:
+        """Ask SQL of the ledger: one SELECT, answered by DuckDB on a copy in memory.
+
+        Tables: `ledger`, a record each row with the columns of `Row`, and `metrics`, with those of `MetricRow`; both
+        begin with the column `run`. A roll-up is exact where it adds totals and counts and divides once:
+        `sum(total) / sum(count)`; DuckDB's `fsum` adds with less rounding than its `sum`. Rows of steps have a `step`,
+        rows of epochs have none; rows of whole terms have the kind "term", so that a query names the kind it adds.
+
+        Args:
+            sql: one SELECT (or WITH … SELECT). It reaches no file, network, extension or setting.
+
+        Raises:
+            InputError: anything else, or what DuckDB finds wrong; with its reason.
+
+        >>> ledger = Ledger("demo")
+        >>> names = dict(term="mse", role="data", form="linear", kind="term", group="", presence="")
+        >>> sums = dict(total=2.0, count=4, weight=4.0, coefficient=1.0, divisor=4.0, contribution=0.5, nonfinite=0)
+        >>> ledger.append([Row("training", epoch=1, step=None, **names, **sums)])
+        >>> ledger.query("SELECT term, sum(total) / sum(count) AS mean FROM ledger GROUP BY term").rows
+        [{'term': 'mse', 'mean': 0.5}]
+        """
+        return query.answer(sql, {"ledger": self._columns("rows"), "metrics": self._columns("metrics")})
+
+    def _columns(self, kind: str) -> Columns:
+        """The rows or the metrics of all runs, with a column of the run's name."""
+        import numpy as np
+
+        books: list[Records[Any]] = [getattr(book, kind) for book in self._books]
+        runs = np.repeat(np.arange(len(books)), [len(book) for book in books])
+        parts = [book.columns() for book in books]
+        return {"run": Column(TEXT, runs, self.runs)} | {n: joined([part[n] for part in parts]) for n in parts[0]}
 
     def _only_book(self, action: str) -> _Book:
         if len(self._books) > 1:
@@ -365,34 +402,34 @@ class Ledger:
         return self._books[0]
 
 
-def _imbalances(rows: list[Row], tolerance: float) -> Iterator[Imbalance]:
-    terms: dict[tuple[Any, ...], list[float]] = {}
-    groups: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        key = (row.split, row.epoch, row.step, row.term)
-        if row.kind == "term":
-            terms.setdefault(key, []).append(row.contribution)
-        else:
-            groups.setdefault((*key, row.kind), []).append(row.contribution)
-    for (split, epoch, step, term, kind), parts in groups.items():
-        whole = terms.get((split, epoch, step, term), [])
-        difference = exact_sum(parts) - exact_sum(whole)
-        magnitude = exact_sum(map(abs, (*parts, *whole)))
-        finite_whole = exact_sum(whole) - exact_sum(whole) == 0
-        balanced = abs(difference) <= tolerance * magnitude if finite_whole else difference != difference
+def _imbalances(rows: Columns, tolerance: float) -> Iterator[Imbalance]:
+    whole = rows["kind"].among(("term",))
+    scope = ("split", "epoch", "step", "term")
+    terms = dict(_contributions(rows, scope, whole))
+    for (split, epoch, step, term, kind), parts in _contributions(rows, (*scope, "kind"), ~whole):
+        of_term = terms.get((split, epoch, step, term), [])
+        total = exact_sum(of_term)
+        difference = exact_sum(parts) - total
+        magnitude = exact_sum(map(abs, (*parts, *of_term)))
+        balanced = abs(difference) <= tolerance * magnitude if total - total == 0 else difference != difference
         if not balanced:
             yield Imbalance(split, epoch, step, term, kind, difference)
 
 
+def _contributions(rows: Columns, keys: Sequence[str], mask: Any) -> Iterator[tuple[tuple[Any, ...], list[float]]]:
+    """The contributions of the rows that `mask` selects, by `keys`."""
+    index = mask.nonzero()[0]
+    chosen = {name: rows[name].taken(index) for name in (*keys, "contribution")}
+    groups = grouped([chosen[name] for name in keys], len(index))
+    names = zip(*(chosen[name].taken(groups.first).listed() for name in keys), strict=True)
+    return zip(names, groups.lists(chosen["contribution"].values), strict=True)
+
+
 def _read_book(folder: Path, run: str | None = None) -> _Book:
     content = segments.read_run_file(folder)
-    rows = segments.read_segments(folder / "ledger", ROW_COLUMNS, optional=frozenset({"step"}))
+    rows = segments.read_segments(folder / "ledger", ROW_COLUMNS, OPTIONAL)
     metrics = segments.read_segments(folder / "metrics", METRIC_COLUMNS)
-    return _Book(run or content["run"], content["info"], [Row(*r) for r in rows], [MetricRow(*m) for m in metrics])
-
-
-def _fields(record: Row | MetricRow, columns: Mapping[str, str]) -> tuple[Any, ...]:
-    return tuple(getattr(record, name) for name in columns)
+    return _Book(run or content["run"], content["info"], rows, metrics)
 
 
 def _absolute(path: str | Path) -> Path:

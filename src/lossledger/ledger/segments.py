@@ -1,45 +1,57 @@
 """The files of a run folder: `run.json` and append-only Parquet segments.
 
 A file is written under a temporary name in its own folder, synced to the disk and renamed, so that a reader sees
-whole files only and a crash loses at most what was never saved.
+whole files only and a crash loses at most what was never saved. A segment's name ends in the checksum of its bytes:
+name and content appear in one rename, and a damaged file is found before its content is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossledger.errors import LedgerError
+from lossledger.ledger.columns import REAL, TEXT, Column, Columns
 
 if TYPE_CHECKING:
     import duckdb
 
+# Of run.json.
 SCHEMA_VERSION = 1
+# Of a segment: version 1 had no checksum in its name, and did not say its version.
+SEGMENT_VERSION = 2
 RUN_FILE = "run.json"
+# More than a run of years writes at once; a hostile file may declare any number.
+MOST_RECORDS = 10**8
+_NAME = re.compile(r"(?P<writer>.*)-(?P<number>\d+)-(?P<digest>[0-9a-f]{64})\.parquet", re.DOTALL)
+_OLD_NAME = re.compile(r".*-(?P<number>\d+)\.parquet", re.DOTALL)
+_MOVE = "The other segments are sound; move this file out of the folder to read them."
 
 
-def write_segment(folder: Path, columns: Mapping[str, str], records: Sequence[tuple[Any, ...]]) -> Path:
+def write_segment(folder: Path, columns: Columns) -> Path:
     """Write records as one new Parquet segment in `folder`, and return its path.
 
     Args:
         folder: where segments of this kind lie; made if missing.
-        columns: SQL type by column name, in the order of the records' fields.
-        records: at least one tuple, one value a column.
+        columns: the records, at least one, by column name.
 
     Raises:
         LedgerError: the folder cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary, final = _reserve(folder)
+        temporary, stem = _reserve(folder)
         try:
-            _copy_to_parquet(temporary, columns, records)
+            _copy_to_parquet(temporary, columns)
+            final = folder / f"{stem}-{_digest(temporary)}.parquet"
             publish(temporary, final)
         finally:
             temporary.unlink(missing_ok=True)
@@ -50,27 +62,40 @@ def write_segment(folder: Path, columns: Mapping[str, str], records: Sequence[tu
     return final
 
 
-def read_segments(
-    folder: Path, columns: Mapping[str, str], optional: frozenset[str] = frozenset()
-) -> list[tuple[Any, ...]]:
-    """Read every segment of `folder`, in the order of writing, as tuples in the order of `columns`.
+def read_segments(folder: Path, kinds: Mapping[str, str], optional: frozenset[str] = frozenset()) -> Columns | None:
+    """Read every segment of `folder`, in the order of writing.
 
     Args:
         folder: where segments of one kind lie; a missing folder holds none.
-        columns: SQL type by column name.
+        kinds: SQL type by column name.
         optional: the columns in which NULL is allowed.
+
+    Returns:
+        the records by column name; None where there is no segment.
 
     Raises:
         LedgerError: a file that is not a whole Parquet segment of this schema; the message names it.
     """
     paths = [folder / name for name in segment_names(folder)]
     if not paths:
-        return []
-    records: list[tuple[Any, ...]] = []
-    with _connection() as connection:
+        return None
+    typed = ", ".join(f'"{name}" {kind}{"" if name in optional else " NOT NULL"}' for name, kind in kinds.items())
+    with connected() as connection:
+        connection.execute(f"CREATE TABLE records ({typed})")
         for path in paths:
-            records.extend(_read_segment(connection, path, columns, optional))
-    return records
+            _refuse_damage(path)
+            _insert(connection, path, kinds)
+        try:
+            return {name: _column(connection, name, kind, name in optional) for name, kind in kinds.items()}
+        except connection_errors() as error:
+            raise LedgerError(f"Cannot read the segments in {folder}: {error}. {_MOVE}") from error
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """What DuckDB raises."""
+    import duckdb
+
+    return (duckdb.Error, ValueError, RuntimeError, MemoryError, OSError)
 
 
 def segment_names(folder: Path) -> list[str]:
@@ -116,7 +141,7 @@ def write_run_file(folder: Path, run: str, info: Mapping[str, Any]) -> None:
     path = folder / RUN_FILE
     known = read_run_file(folder) if path.exists() else None
     name = known["run"] if known else run
-    merged = {**(known["info"] if known else {}), **_plain(info)}
+    merged = {**(known["info"] if known else {}), **plain(info)}
     if known and merged == known["info"]:
         return
     content = json.dumps({"schema": SCHEMA_VERSION, "run": name, "info": merged}, indent=1, ensure_ascii=False)
@@ -155,64 +180,118 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     return {"schema": content["schema"], "run": run, "info": info}
 
 
-def _read_segment(
-    connection: duckdb.DuckDBPyConnection, path: Path, columns: Mapping[str, str], optional: frozenset[str]
-) -> list[tuple[Any, ...]]:
-    import duckdb
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    # hive_partitioning would turn a folder named `lr=0.1` into a column.
-    source = f"read_parquet({quote_path(path)}, hive_partitioning = false)"
+
+def _refuse_damage(path: Path) -> None:
+    """Refuse a file whose bytes are not those that were sealed, before anything reads them."""
+    name = _NAME.fullmatch(path.name)
+    if name is None:
+        return
     try:
-        present = {row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()}
-        missing = [name for name in columns if name not in present]
-        if not missing:
-            casts = ", ".join(f'CAST("{name}" AS {kind})' for name, kind in columns.items())
-            records = connection.execute(f"SELECT {casts} FROM {source}").fetchall()
-    except (duckdb.Error, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        found = _digest(path)
+    except OSError as error:
+        raise LedgerError(f"{path} is not a whole ledger segment: {error}. {_MOVE}") from error
+    if found != name["digest"]:
         raise LedgerError(
-            f"{path} is not a whole ledger segment: {reason} "
-            "The other segments are sound; move this file out of the folder to read them."
-        ) from error
-    if missing:
-        raise LedgerError(
-            f"{path} is not a ledger segment: it lacks the columns {', '.join(missing)}. "
-            "Move this file out of the folder to read the others."
+            f"{path} is not a whole ledger segment: its content has the SHA-256 {found[:12]}…, its name says "
+            f"{name['digest'][:12]}…, so that it was damaged or renamed. {_MOVE}"
         )
-    _refuse_nulls(path, columns, optional, records)
-    return records
 
 
-def _refuse_nulls(
-    path: Path, columns: Mapping[str, str], optional: frozenset[str], records: list[tuple[Any, ...]]
-) -> None:
-    for position, name in enumerate(columns):
-        if name not in optional and any(record[position] is None for record in records):
-            raise LedgerError(
-                f"{path} is not a ledger segment: NULL in the column {name!r}. "
-                "Move this file out of the folder to read the others."
-            )
-
-
-def _copy_to_parquet(path: Path, columns: Mapping[str, str], records: Sequence[tuple[Any, ...]]) -> None:
+def _insert(connection: duckdb.DuckDBPyConnection, path: Path, kinds: Mapping[str, str]) -> None:
+    """Add the records of one file to the table `records`."""
     import duckdb
 
-    selected = ", ".join(f'unnest(CAST(? AS {kind}[])) AS "{name}"' for name, kind in columns.items())
-    values = [list(column) for column in zip(*records, strict=True)]
-    # The name is reserved already, so DuckDB must not add a temporary file of its own.
-    options = "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false"
+    quoted = quote_path(path)
+    # hive_partitioning would turn a folder named `lr=0.1` into a column.
+    source = f"read_parquet({quoted}, hive_partitioning = false)"
+    wrong = ""
     try:
-        with _connection() as connection:
-            connection.execute(f"CREATE TABLE segment AS SELECT {selected}", values)
+        said = dict(connection.execute(f"SELECT key, value FROM parquet_kv_metadata({quoted})").fetchall())
+        wrong = _refused(path, said.get(b"lossledger_segment", b"1"))
+        described = connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()
+        missing = [name for name in kinds if name not in {column[0] for column in described}]
+        (records,) = connection.execute(f"SELECT sum(num_rows) FROM parquet_file_metadata({quoted})").fetchall()[0]
+        if missing:
+            wrong = wrong or f"it lacks the columns {', '.join(missing)}"
+        elif records > MOST_RECORDS:
+            wrong = wrong or f"it declares {records} records, more than {MOST_RECORDS}"
+        elif not wrong:
+            casts = ", ".join(f'CAST("{name}" AS {kind})' for name, kind in kinds.items())
+            connection.execute(f"INSERT INTO records SELECT {casts} FROM {source}")
+    except duckdb.ConstraintException as error:
+        column = str(error).rpartition("records.")[2].split()[0]
+        wrong = f"NULL in the column {column!r}"
+    except connection_errors() as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LedgerError(f"{path} is not a whole ledger segment: {reason} {_MOVE}") from error
+    if wrong:
+        raise LedgerError(
+            f"{path} is not a ledger segment: {wrong}. Move this file out of the folder to read the others."
+        )
+
+
+def _refused(path: Path, version: bytes) -> str:
+    """Why a segment of this version cannot be read; empty if it can."""
+    if not version.isdigit() or int(version) > SEGMENT_VERSION:
+        said = version.decode(errors="replace")[:20]
+        return f"it has version {said!r}, and this lossledger reads up to {SEGMENT_VERSION}; upgrade lossledger"
+    if int(version) > 1 and not _NAME.fullmatch(path.name):
+        return "it was renamed, so that its checksum is lost; give it back its name"
+    return ""
+
+
+def _column(connection: duckdb.DuckDBPyConnection, name: str, kind: str, optional: bool) -> Column:
+    """One column of the table `records`."""
+    if kind == TEXT:
+        connection.execute(f'CREATE TYPE "names of {name}" AS ENUM (SELECT DISTINCT "{name}" FROM records)')
+        found = connection.execute(f'SELECT unnest(enum_range(NULL::"names of {name}"))').fetchall()
+        codes = f'enum_code(CAST("{name}" AS "names of {name}"))'
+        values = connection.execute(f"SELECT {codes} AS x FROM records").fetchnumpy()["x"]
+        return Column(kind, values, tuple(text for (text,) in found))
+    read = connection.execute(f'SELECT coalesce("{name}", 0) AS x, "{name}" IS NULL AS m FROM records').fetchnumpy()
+    return Column(kind, read["x"], (), read["m"] if optional else None)
+
+
+def load(connection: duckdb.DuckDBPyConnection, table: str, columns: Columns) -> None:
+    """Make a DuckDB table of records."""
+    arrays, selected = {}, []
+    for name, column in columns.items():
+        arrays[name] = column.objects() if column.kind == TEXT else column.values
+        value = f'"{name}"'
+        if column.missing is not None:
+            arrays[f"{name} missing"] = column.missing
+            value = f'CASE WHEN NOT "{name} missing" THEN "{name}" END'
+        elif column.kind == REAL:
+            # DuckDB takes a NaN of NumPy for NULL.
+            value = f"coalesce({value}, 'nan')"
+        selected.append(f'CAST({value} AS {column.kind}) AS "{name}"')
+    connection.register("loaded", arrays)
+    connection.execute(f'CREATE TABLE "{table}" AS SELECT {", ".join(selected)} FROM loaded')
+    connection.unregister("loaded")
+
+
+def _copy_to_parquet(path: Path, columns: Columns) -> None:
+    # The name is reserved already, so DuckDB must not add a temporary file of its own.
+    options = (
+        f"FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false, KV_METADATA {{lossledger_segment: '{SEGMENT_VERSION}'}}"
+    )
+    try:
+        with connected() as connection:
+            load(connection, "segment", columns)
             connection.execute(f"COPY segment TO {_quote(str(path))} ({options})")
-    except (duckdb.Error, ValueError) as error:
+    except connection_errors() as error:
         raise LedgerError(
             f"Cannot write a segment in {path.parent}: {error}. Check the types of the rows' values, and the disk."
         ) from error
 
 
 @contextmanager
-def _connection() -> Iterator[duckdb.DuckDBPyConnection]:
+def connected() -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB in memory that never fetches an extension."""
     import duckdb
 
     # A segment must never make DuckDB fetch an extension from the network.
@@ -224,23 +303,27 @@ def _connection() -> Iterator[duckdb.DuckDBPyConnection]:
         connection.close()
 
 
-def _reserve(folder: Path) -> tuple[Path, Path]:
-    """A temporary name that is ours alone, and the segment name that goes with it."""
+def _reserve(folder: Path) -> tuple[Path, str]:
+    """A temporary name that is ours alone, and the beginning of the segment's name that goes with it."""
     # Later segments have higher numbers, whichever process writes them.
     for number in count(1 + max(map(_number, segment_names(folder)), default=0)):
-        final = folder / f"{_writer()}-{number:06d}.parquet"
-        if final.exists():
+        stem = f"{_writer()}-{number:06d}"
+        if _published(folder, stem):
             continue
-        temporary = folder / f".{final.name}.tmp"
+        temporary = folder / f".{stem}.parquet.tmp"
         try:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         except FileExistsError:
             continue
         # Another writer of this name may have published between the two lines above.
-        if not final.exists():
-            return temporary, final
+        if not _published(folder, stem):
+            return temporary, stem
         temporary.unlink()
     raise AssertionError("unreachable: numbers do not end")
+
+
+def _published(folder: Path, stem: str) -> bool:
+    return any(name.startswith((f"{stem}-", f"{stem}.")) for name in segment_names(folder))
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -262,9 +345,9 @@ def _sync(*folders: Path) -> None:
 
 
 def _number(name: str) -> int:
-    """The number at the end of a segment's name; 0 for a name that is not ours."""
-    digits = name.removesuffix(".parquet").rpartition("-")[2]
-    return int(digits) if digits.isdecimal() else 0
+    """The number in a segment's name; 0 for a name that is not ours."""
+    found = _NAME.fullmatch(name) or _OLD_NAME.fullmatch(name)
+    return int(found["number"]) if found else 0
 
 
 def _writer() -> str:
@@ -281,16 +364,16 @@ def quote_path(path: Path) -> str:
     return _quote("".join(f"[{c}]" if c in "*?[" else c for c in str(path)))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The nearest JSON value: keys become text, arrays lists, numbers that JSON lacks text."""
     if value is None or isinstance(value, bool | str | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     return str(value)

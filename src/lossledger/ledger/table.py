@@ -5,21 +5,26 @@ A roll-up is exact: it adds totals, counts and contributions, and divides once.
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from lossledger.errors import InputError, UnknownNameError
+from lossledger.ledger.columns import Columns, Groups, grouped
+from lossledger.ledger.segments import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import numpy as np
     import pandas
-
-    from lossledger.ledger.ledger import Row
+    from numpy.typing import NDArray
 
 SCOPE = ("run", "split", "epoch", "step")
 ROW_DIMENSIONS = (*SCOPE, "term", "role", "presence")
@@ -78,11 +83,25 @@ class Table:
 
         return pandas.DataFrame(self.rows, columns=list(self.columns))
 
+    def to_csv(self) -> str:
+        """The table as CSV with a heading; numbers with every digit, nothing for None."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows([row[column] for column in self.columns] for row in self.rows)
+        return text.getvalue()
+
+    def to_json(self) -> str:
+        """The rows as a JSON list of objects; numbers that JSON lacks are text, such as "nan"."""
+        return json.dumps(plain(self.rows), indent=1, ensure_ascii=False)
+
     def _cells(self) -> list[list[str]]:
         return [[_cell(column, row[column]) for column in self.columns] for row in self.rows]
 
     def _numeric(self) -> list[bool]:
-        return [c in MEASURES or c in ("epoch", "step") for c in self.columns]
+        return [
+            c in MEASURES or (bool(self.rows) and all(_is_number(row[c]) for row in self.rows)) for c in self.columns
+        ]
 
 
 def significant(value: float | None, digits: int = 4) -> str:
@@ -121,11 +140,11 @@ def _rounded(value: float, digits: int) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def roll_up(entries: Iterable[tuple[str, Row]], by: Sequence[str], where: Mapping[str, Any]) -> Table:
+def roll_up(records: Columns, by: Sequence[str], where: Mapping[str, Any]) -> Table:
     """Add up the rows that `where` selects, by the dimensions `by`; see `Ledger.table`.
 
     Args:
-        entries: pairs of run name and row.
+        records: the rows, with the column `run`.
         by: dimensions, in the order of the table's columns.
         where: accepted value, or collection of values, by dimension.
 
@@ -133,52 +152,65 @@ def roll_up(entries: Iterable[tuple[str, Row]], by: Sequence[str], where: Mappin
         UnknownNameError: a dimension that the ledger does not have.
         InputError: two group kinds at once, or a dimension twice.
     """
-    pairs = list(entries)
-    kind = _group_kind(pairs, by, where)
+    kind = _group_kind(records, by, where)
     with_step = "step" in by or "step" in where
-    accepted = {name: _accepted(value) for name, value in where.items()}
-    accepted_scope = {name: values for name, values in accepted.items() if name in SCOPE}
+    level = records["step"].among((None,)) ^ with_step
+    accepted = {name: records[_column(name, kind)].among(_accepted(value)) for name, value in where.items()}
+    in_scope, selected = level & records["kind"].among(("term",)), level & records["kind"].among((kind,))
+    for name, mask in accepted.items():
+        selected &= mask
+        if name in SCOPE:
+            in_scope &= mask
     scope = [name for name in by if name in SCOPE]
-    cells: dict[tuple[Any, ...], _Cell] = {}
-    wholes: dict[tuple[Any, ...], list[float]] = {}
-    for run, row in pairs:
-        if (row.step is not None) != with_step:
-            continue
-        if row.kind == "term" and _matches(run, row, kind, accepted_scope):
-            key = tuple(_value(run, row, name, kind) for name in scope)
-            wholes.setdefault(key, []).append(row.contribution)
-        if row.kind == kind and _matches(run, row, kind, accepted):
-            key = tuple(_value(run, row, name, kind) for name in by)
-            cells.setdefault(key, _Cell()).add(row)
+    whole, parts = _taken(records, in_scope), _taken(records, selected)
+    of_wholes = _grouped(whole, scope)
+    wholes = dict(zip(_keys(whole, scope, of_wholes), of_wholes.lists(whole["contribution"].values), strict=True))
+    dimensions = [_column(name, kind) for name in by]
+    groups = _grouped(parts, dimensions)
+    cells = dict(zip(_keys(parts, dimensions, groups), _measures(parts, groups), strict=True))
     rows = []
     for key in _ordered(cells, by):
-        dimensions = dict(zip(by, key, strict=True))
-        whole = exact_sum(wholes.get(tuple(dimensions[name] for name in scope), []))
-        rows.append({**dimensions, **cells[key].measures(whole)})
+        names = dict(zip(by, key, strict=True))
+        loss = exact_sum(wholes.get(tuple(names[name] for name in scope), []))
+        cell = cells[key]
+        rows.append({**names, **cell, "share": cell["contribution"] / loss if loss else None})
     return Table((*by, *MEASURES), rows)
 
 
-@dataclass
-class _Cell:
-    """The rows that fall into one line of a table."""
+def _column(name: str, kind: str) -> str:
+    """The column that holds a dimension."""
+    return "group" if name == kind != "term" else name
 
-    rows: list[Row] = field(default_factory=list)
 
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
+def _taken(records: Columns, mask: NDArray[np.bool_]) -> Columns:
+    index = mask.nonzero()[0]
+    return {name: column.taken(index) for name, column in records.items()}
 
-    def measures(self, whole: float) -> dict[str, Any]:
-        total = exact_sum(row.total for row in self.rows)
-        weight = exact_sum(row.weight for row in self.rows)
-        count = sum(row.count for row in self.rows)
-        contribution = exact_sum(row.contribution for row in self.rows)
-        # Totals of two terms are in different units: their quotient would be the mean of nothing.
-        terms = {(row.term, row.form) for row in self.rows}
-        divisor = weight if {form for _, form in terms} == {"ratio"} else count
-        mean = total / divisor if len(terms) == 1 and divisor else None
-        share = contribution / whole if whole else None
-        values = (total, count, weight, mean, contribution, share)
-        return dict(zip(MEASURES, values, strict=True))
+
+def _grouped(records: Columns, names: Sequence[str]) -> Groups:
+    return grouped([records[name] for name in names], len(records["total"].values))
+
+
+def _keys(records: Columns, names: Sequence[str], groups: Groups) -> list[tuple[Any, ...]]:
+    if not names:
+        return [()] * len(groups.first)
+    return list(zip(*(records[name].taken(groups.first).listed() for name in names), strict=True))
+
+
+def _measures(records: Columns, groups: Groups) -> Iterator[dict[str, Any]]:
+    """The sums of each group, and its mean where it has one."""
+    import numpy as np
+
+    sums = [groups.lists(records[name].values) for name in ("total", "count", "weight", "contribution")]
+    ratio = groups.lists(records["form"].among(("ratio",)))
+    # One number a term and form: totals of two terms are in different units, and their quotient the mean of nothing.
+    terms = np.asarray(records["term"].values, np.int64) * (len(records["form"].names) + 1) + records["form"].values
+    for totals, counts, weights, contributions, ratios, term in zip(*sums, ratio, groups.lists(terms), strict=True):
+        total, count, weight = exact_sum(totals), sum(counts), exact_sum(weights)
+        divisor = weight if ratios[0] else count
+        mean = total / divisor if divisor and min(term) == max(term) else None
+        values = (total, count, weight, mean, exact_sum(contributions), None)
+        yield dict(zip(MEASURES, values, strict=True))
 
 
 def exact_sum(values: Iterable[float]) -> float:
@@ -194,8 +226,8 @@ def exact_sum(values: Iterable[float]) -> float:
         return sum(listed)
 
 
-def _group_kind(pairs: list[tuple[str, Row]], by: Sequence[str], where: Mapping[str, Any]) -> str:
-    kinds = dict.fromkeys((*GROUP_KINDS, *(row.kind for _, row in pairs if row.kind != "term")))
+def _group_kind(records: Columns, by: Sequence[str], where: Mapping[str, Any]) -> str:
+    kinds = dict.fromkeys((*GROUP_KINDS, *(name for name in records["kind"].names if name != "term")))
     for name in (*by, *where):
         if name not in ROW_DIMENSIONS and name not in kinds:
             raise UnknownNameError("dimension of the ledger", name, (*ROW_DIMENSIONS, *kinds))
@@ -203,25 +235,18 @@ def _group_kind(pairs: list[tuple[str, Row]], by: Sequence[str], where: Mapping[
         raise InputError(f"A table has each dimension once; received by={list(by)!r}.")
     wanted = dict.fromkeys(name for name in (*by, *where) if name in kinds)
     if not wanted and ("presence" in by or "presence" in where):
-        wanted = dict.fromkeys(row.kind for _, row in pairs if row.presence)
+        present = _taken(records, ~records["presence"].among(("",)))
+        wanted = dict.fromkeys(name for (name,) in _keys(present, ["kind"], _grouped(present, ["kind"])))
     if len(wanted) > 1:
         names = ", ".join(wanted)
         raise InputError(f"Rows are grouped by one kind at a time; received {names}. Name one of them in `by`.")
     return next(iter(wanted), "term")
 
 
-def _accepted(value: Any) -> frozenset[Any]:
-    return frozenset(value) if isinstance(value, list | tuple | set | frozenset | range) else frozenset((value,))
-
-
-def _matches(run: str, row: Row, kind: str, accepted: Mapping[str, frozenset[Any]]) -> bool:
-    return all(_value(run, row, name, kind) in values for name, values in accepted.items())
-
-
-def _value(run: str, row: Row, name: str, kind: str) -> Any:
-    if name == "run":
-        return run
-    return row.group if name == kind != "term" else getattr(row, name)
+def _accepted(value: Any) -> Collection[Any]:
+    if isinstance(value, range):
+        return value
+    return frozenset(value) if isinstance(value, list | tuple | set | frozenset) else frozenset((value,))
 
 
 def _ordered(keys: Iterable[tuple[Any, ...]], by: Sequence[str]) -> list[tuple[Any, ...]]:
@@ -299,11 +324,13 @@ def _pad(text: str, width: int, right: bool) -> str:
     return space + short if right else short + space
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return DASH
     if column in ("epoch", "step"):
         return str(value)
-    if isinstance(value, bool | str):
-        return str(value)
-    return significant(value)
+    return significant(value) if _is_number(value) else str(value)

@@ -1,0 +1,53 @@
+"""SQL on a ledger: one SELECT, on copies of its tables in memory, by a DuckDB that reaches nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lossledger.errors import InputError
+from lossledger.ledger.columns import Columns
+from lossledger.ledger.segments import connected, connection_errors, load
+from lossledger.ledger.table import Table
+
+if TYPE_CHECKING:
+    import duckdb
+
+# In this order: without external access the folder for temporary files cannot be set, and the lock is last.
+_CLOSED = (
+    "SET python_enable_replacements = false",
+    "SET temp_directory = ''",
+    "SET enable_external_access = false",
+    "SET lock_configuration = true",
+)
+
+
+def answer(sql: str, tables: Mapping[str, Columns]) -> Table:
+    """The result of one SELECT on `tables`; see `Ledger.query`."""
+    with connected() as connection:
+        for name, columns in tables.items():
+            load(connection, name, columns)
+        for setting in _CLOSED:
+            connection.execute(setting)
+        try:
+            result = connection.execute(_select(connection, sql))
+            names = tuple(column[0] for column in result.description or ())
+            records = result.fetchall()
+        except connection_errors() as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"query: DuckDB refuses {sql!r}: {error}") from error
+    if len(set(names)) < len(names):
+        raise InputError(f"query: each column needs a name of its own; received {', '.join(names)}. Name them with AS.")
+    return Table(names, [dict(zip(names, record, strict=True)) for record in records])
+
+
+def _select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
+    import duckdb
+
+    statements = connection.extract_statements(sql)
+    found = [statement.type for statement in statements]
+    if found != [duckdb.StatementType.SELECT]:
+        received = ", ".join(kind.name for kind in found) or "nothing"
+        raise InputError(f"query: expected one SELECT (or WITH … SELECT); received {received} in {sql!r}.")
+    return statements[0]
