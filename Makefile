@@ -43,6 +43,7 @@ check: $(VENV)/.dev
 # Speed, measured beside plain torch in one run; prints a table and writes benchmarks/results.
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/ledger.py
 
 # The pages are Markdown; their code blocks are executed by the tests.
 docs: $(VENV)/.dev

@@ -76,7 +76,9 @@ def main() -> None:
     rows = rows_of(options.rows)
     rounds = [measured(rows) for _ in range(options.repeats)]
     found = {name: [entry[name] for entry in rounds] for name in rounds[0]}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, DuckDB {duckdb.__version__}"
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, DuckDB {duckdb.__version__}"
+    )
     lines = [
         f"# A ledger of {options.rows:,} rows",
         "",

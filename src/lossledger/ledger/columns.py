@@ -84,8 +84,8 @@ def encoded(kind: str, values: Sequence[Any], name: str, optional: bool = False)
     import numpy as np
 
     if kind == TEXT:
+        _require(all(issubclass(found, str) for found in set(map(type, values))), name, kind, values)
         codes = {text: code for code, text in enumerate(dict.fromkeys(values))}
-        _require(all(isinstance(text, str) for text in codes), name, kind, codes)
         return Column(kind, np.fromiter(map(codes.__getitem__, values), np.int64, len(values)), tuple(codes))
     missing = None
     if optional:
