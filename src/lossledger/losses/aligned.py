@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lossledger.errors import InputError
 from lossledger.losses.prediction import Prediction
-from lossledger.weighting import ClassWeight, Weighting, as_mask, carried_mask, expand, joined, selected
+from lossledger.weighting import ClassWeight, Weighting, as_mask, carried_mask, class_vector, expand, joined, selected
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +49,14 @@ class Aligned:
     where: str
     late: Late | None = None
     column_weight: Tensor | None = None
+
+    def with_columns(self, *class_weights: ClassWeight | None) -> Aligned:
+        """The batch with the product of those class weights that were given, one a column."""
+        raw = self.prediction.raw
+        vectors = [
+            class_vector(given, raw.shape[-1], where=self.where).to(raw) for given in class_weights if given is not None
+        ]
+        return replace(self, column_weight=torch.stack(vectors).prod(0)) if vectors else self
 
 
 def select_leading(y_true: Tensor, y_pred: Tensor, mask: Tensor | None, where: str) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ Formulas and defaults are those of keras.losses 3.15; each docstring says where 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -297,12 +296,7 @@ class SoftCategoricalCrossentropy(CategoricalCrossentropy):
     ) -> Aligned:
         """One batch, checked; class weights stay apart from sample weights, since they belong inside the sum."""
         batch = super().align(y_true, y_pred, sample_weight, mask, None, where, checked)
-        given = [
-            class_vector(weights, batch.y_true.shape[-1], where=batch.where).to(batch.prediction.raw)
-            for weights in (self.class_weights, class_weight)
-            if weights is not None
-        ]
-        return replace(batch, column_weight=torch.stack(given).prod(0)) if given else batch
+        return batch.with_columns(self.class_weights, class_weight)
 
     def _targets(self, batch: Aligned) -> Tensor:
         y = super()._targets(batch)

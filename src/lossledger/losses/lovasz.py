@@ -24,7 +24,7 @@ from lossledger.losses.prediction import Space
 from lossledger.reduction import Reduction
 from lossledger.tally import Tally, divide
 from lossledger.values import check_probabilities, check_targets, outside_probabilities
-from lossledger.weighting import ClassWeight, Weighting, class_vector, selected
+from lossledger.weighting import ClassWeight, Weighting, selected
 
 
 def lovasz_sum(errors: Tensor, truth: Tensor, valid: Tensor | None) -> Tensor:
@@ -89,10 +89,7 @@ class _Lovasz(ElementLoss):
                 f"{batch.where}: sample_weight: expected {expected}; received shape {tuple(weight.shape)}. A sorted "
                 "sum has no weights by pixel: leave pixels out with mask."
             )
-        if class_weight is None:
-            return batch
-        columns = class_vector(class_weight, batch.weighting.shape[-1], where=batch.where)
-        return replace(batch, column_weight=columns.to(batch.prediction.raw))
+        return batch.with_columns(class_weight)
 
     def _images(self, values: Tensor) -> Tensor:
         """`[B, d…, C]` as `[I, P, C]`."""

@@ -31,7 +31,7 @@ from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Link, Tally, divide
 from lossledger.values import check_probabilities, check_targets, is_number, not_finite, reciprocal
-from lossledger.weighting import ClassWeight, Weighting, class_vector, selected
+from lossledger.weighting import ClassWeight, Weighting, selected
 
 EPSILON = 1e-7
 GROUPINGS = ("all", "sample", "class", "sample_class")
@@ -163,10 +163,7 @@ class Overlap(ElementLoss):
         batch = super().align(y_true, y_pred, sample_weight, mask, None, where, checked)
         if not self.include_background:
             batch = self._foreground(batch)
-        if class_weight is None:
-            return batch
-        columns = class_vector(class_weight, batch.weighting.shape[-1], where=batch.where)
-        return replace(batch, column_weight=columns.to(batch.prediction.raw))
+        return batch.with_columns(class_weight)
 
     def _foreground(self, batch: Aligned) -> Aligned:
         """The batch with class 0 masked: in no sum, in no mean, in no count."""

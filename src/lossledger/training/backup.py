@@ -255,14 +255,14 @@ def find(folder: Path) -> Checkpoint | None:
 
 
 def open_run(
-    folder: str | Path | None, found: Checkpoint | None, recipe: Mapping[str, Any], changing: Changing
+    folder: str | Path | None, found: Checkpoint | None, recipe: Callable[[], Mapping[str, Any]], changing: Changing
 ) -> tuple[Backup | None, Ledger | None]:
     """The backup of a run, and its ledger so far; nothing is touched before everything has been checked.
 
     Args:
         folder: of the run, if it has one.
         found: the checkpoint to go on from, if any.
-        recipe: of this call.
+        recipe: makes that of this call, which takes the whole state of the model.
         changing: what checkpoints hold.
 
     Raises:
@@ -273,14 +273,14 @@ def open_run(
     if folder is None:
         return None, None
     folder = Path(folder)
-    ledger = None
+    ledger, made = None, recipe()
     if found is not None:
-        check_recipe(found, recipe, folder)
-        position.check_resumable(changing.data, "x", recipe["steps_per_epoch"])
+        check_recipe(found, made, folder)
+        position.check_resumable(changing.data, "x", made["steps_per_epoch"])
         if changing.validation is not None:
             position.check_resumable(changing.validation, "validation_data", None)
         ledger = reopened(found, folder)
-    return Backup(folder, found, {"recipe": dict(recipe)}, changing, save_freq), ledger
+    return Backup(folder, found, {"recipe": dict(made)}, changing, save_freq), ledger
 
 
 def check_recipe(found: Checkpoint, recipe: Mapping[str, Any], folder: Path) -> None:

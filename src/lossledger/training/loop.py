@@ -27,10 +27,10 @@ from lossledger.training.measure import Measures, MetricPlan
 from lossledger.training.modes import evaluating
 from lossledger.training.progress import Show
 from lossledger.training.running import Running
-from lossledger.training.sharing import Turn, in_order, merged_sums, own_batches, turns
+from lossledger.training.sharing import Turn, in_order, own_batches, turns
 from lossledger.training.step import Observe, StepPlan, StepResult, train_step
 from lossledger.training.trace import nonfinite_error
-from lossledger.window import check_replay, padded
+from lossledger.window import check_replay, merged, padded
 
 if TYPE_CHECKING:
     from lossledger.training.backup import Backup
@@ -136,14 +136,9 @@ class Pass:
         if self._differs is not None:
             check_replay(self._differs)
 
-    @property
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether a log point has come."""
         return time.perf_counter() - self._logged >= LOG_SECONDS
-
-    def is_due(self) -> bool:
-        """As `due`, to be asked later."""
-        return self.due
 
     def log(self) -> dict[str, Tally]:
         """A log point: read the sums and show them."""
@@ -167,7 +162,7 @@ class Pass:
     def result(self) -> PassResult:
         """The sums of the whole pass, over all ranks."""
         group = self.group
-        tallies = in_order(self.objective, merged_sums(group.gather(self.running.read())))
+        tallies = in_order(self.objective, merged(group.gather(self.running.read())))
         measured = self.measures.read(group)
         logs = posting.logs(self.objective, tallies) | {name: r.value for name, r in measured.items()}
         steps = max(steps for (steps,) in group.agree(self.steps))
@@ -251,7 +246,7 @@ def train_epoch(
         if watch:
             # Outputs are made again if they are asked for: kept, they would hold the memory of many batches.
             recent.append((first_step + index, window, done))
-        if (current.due if group.size == 1 else turn.due) or len(recent) == longest:
+        if (current.is_due() if group.size == 1 else turn.due) or len(recent) == longest:
             current.log()
             current.check_replays()
             if watch:
@@ -387,7 +382,7 @@ def evaluate_pass(
                 observe(batch, outputs)
             current.add(tallies)
             recent.append((batch, tallies, outputs))
-            if current.due or len(recent) == RECENT:
+            if current.is_due() or len(recent) == RECENT:
                 _explain_bad(objective, current.log(), recent)
                 recent.clear()
         if current.empty():

@@ -247,7 +247,7 @@ class Model:
         saving, ledger = backup.open_run(
             run_dir if group.size == 1 else None,
             found,
-            recipe(
+            lambda: recipe(
                 made,
                 plan,
                 self._forward.state(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -105,15 +105,6 @@ def own_batches(data: Data, batch_size: int, order: Tensor | None, group: Group)
     for start in range(0, data.length, batch_size):
         low, high = cut(start, min(start + batch_size, data.length), group)
         yield data.between(low, high, order) if high > low else None
-
-
-def merged_sums(parts: list[Mapping[str, Tally]]) -> dict[str, Tally]:
-    """The sums of all ranks, on the host, added by term."""
-    found: dict[str, Tally] = {}
-    for part in parts:
-        for name, tally in part.items():
-            found[name] = found[name] + tally if name in found else tally
-    return found
 
 
 def in_order(objective: Objective, tallies: dict[str, Tally]) -> dict[str, Tally]:
