@@ -1,0 +1,128 @@
+"""Worst slices: a planted slice is found, nothing is found where nothing is, and the numbers are those of NumPy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from lossledger.errors import InputError
+from lossledger.ledger.slices import student_tail, worst_slices
+
+
+def drawn(rng, samples):
+    """Three kinds of groups of unequal sizes."""
+    return {
+        "site": rng.choice(["north", "south", "east"], samples, p=[0.5, 0.3, 0.2]),
+        "language": rng.choice(["de", "en", "fr", "it"], samples),
+        "length": rng.integers(0, 5, samples),
+    }
+
+
+def test_a_planted_conjunction_is_the_worst_slice():
+    rng = np.random.default_rng(0)
+    groups = drawn(rng, 4000)
+    planted = (groups["site"] == "east") & (groups["language"] == "fr")
+    losses = rng.exponential(1.0, 4000) * np.where(planted, 2.0, 1.0)
+    found = worst_slices(losses, groups)
+    assert found.rows[0].groups == (("site", "east"), ("language", "fr"))
+    assert found.rows[0].p < 1e-3
+    # Its parts are worse than the rest too, but no conjunction with the length is worse than the site or the language.
+    significant = [row.groups for row in found if row.p <= 0.05]
+    assert not any("length" in dict(groups) for groups in significant)
+    assert found.tested == (3 + 4 + 5) + (12 + 15 + 20)
+
+
+def test_numbers_of_a_slice_are_those_of_its_samples():
+    rng = np.random.default_rng(1)
+    groups = drawn(rng, 500)
+    losses = rng.normal(1e6, 1.0, 500)
+    for row in worst_slices(losses, groups, k=1000, minimum_count=5):
+        inside = np.all([groups[kind].astype(str) == name for kind, name in row.groups], axis=0)
+        assert row.count == inside.sum()
+        assert row.share == inside.mean()
+        assert row.mean == pytest.approx(losses[inside].mean(), rel=1e-12)
+        assert row.outside == pytest.approx(losses[~inside].mean(), rel=1e-12)
+        assert row.effect == pytest.approx(losses[inside].mean() - losses[~inside].mean(), abs=1e-8)
+
+
+def test_p_value_of_one_group_is_that_of_welch_times_the_number_of_tests():
+    # Two groups of 3 and 4: t = 4.5 / sqrt(1/3 + 5/12), with 4.9 degrees of freedom.
+    losses = [6.0, 7.0, 8.0, 1.0, 2.0, 3.0, 4.0]
+    found = worst_slices(losses, {"site": ["a"] * 3 + ["b"] * 4}, minimum_count=3)
+    a, b = 1.0 / 3, (5.0 / 3) / 4
+    freedom = (a + b) ** 2 / (a**2 / 2 + b**2 / 3)
+    one = student_tail(4.5 / math.sqrt(a + b), freedom)
+    assert found.rows[0].p == pytest.approx(2 * one, rel=1e-12)
+    assert found.rows[1].p == pytest.approx(1 - one, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "exact"),
+    [
+        (1.0, 1.0, 0.25),
+        (-1.0, 1.0, 0.75),
+        (math.sqrt(2.0), 2.0, 0.5 - math.sqrt(2.0) / (2 * math.sqrt(4.0))),
+        (40.0, 1.0, math.atan(1 / 40.0) / math.pi),
+        (1.959963984540054, 1e9, 0.025),
+    ],
+)
+def test_tail_of_students_t(t, freedom, exact):
+    assert student_tail(t, freedom) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["normal", "exponential", "lognormal"])
+def test_without_an_effect_false_findings_stay_below_the_level(name):
+    draws, wrong = 200, 0
+    for seed in range(draws):
+        rng = np.random.default_rng(seed)
+        groups = drawn(rng, 600)
+        losses = getattr(rng, name)(size=600)
+        wrong += worst_slices(losses, groups, minimum_count=20).significant > 0
+    assert wrong <= 0.05 * draws
+
+
+def test_a_conjunction_that_is_one_of_its_parts_is_not_tested():
+    rng = np.random.default_rng(2)
+    site = rng.choice(["a", "b"], 400)
+    found = worst_slices(rng.normal(size=400), {"site": site, "country": np.where(site == "a", "A", "B")})
+    assert found.tested == 4
+
+
+def test_small_slices_are_not_tested_and_losses_that_are_not_finite_are_counted():
+    losses = [1.0] * 50 + [9.0] * 5 + [math.nan] * 5
+    site = ["a"] * 50 + ["b"] * 10
+    found = worst_slices(losses, {"site": site})
+    assert (found.tested, found.samples, found.left_out, len(found)) == (0, 55, 5, 0)
+    assert "5 samples whose loss is not finite were left out" in str(found)
+
+
+def test_three_kinds_can_be_joined():
+    rng = np.random.default_rng(3)
+    groups = drawn(rng, 20000)
+    planted = (groups["site"] == "east") & (groups["language"] == "fr") & (groups["length"] == 2)
+    losses = rng.exponential(1.0, 20000) * np.where(planted, 3.0, 1.0)
+    assert worst_slices(losses, groups, depth=3).rows[0].groups == (
+        ("site", "east"),
+        ("language", "fr"),
+        ("length", "2"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": {}}, "at least one kind"),
+        ({"groups": {"site": ["a"]}}, r"groups\['site'\].*each of 3"),
+        ({"k": 0}, "k: expected a whole number from 1"),
+        ({"depth": 4}, "depth: expected a whole number from 1 to 3"),
+        ({"minimum_count": 1}, "minimum_count: expected a whole number from 2"),
+        ({"level": 1.5}, "level: expected a number between 0 and 1"),
+        ({"losses": [[1.0]]}, "one number a sample"),
+    ],
+)
+def test_wrong_arguments_say_what_was_expected(options, message):
+    given = {"losses": [1.0, 2.0, 3.0], "groups": {"site": ["a", "b", "c"]}} | options
+    with pytest.raises(InputError, match=message):
+        worst_slices(**given)
