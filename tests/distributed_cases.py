@@ -552,3 +552,19 @@ def a_rank_that_fails_ends_all(world, where):
     again.fit(x, y, seed=0, verbose=0)
     one.fit(x, y, seed=0, verbose=0)
     expect_weights(again.net, one.net)
+
+
+@case("all", "part")
+def refusals_follow_each_other(world, which):
+    """A rank that leaves at once does not cut off those that are still connecting; a part of the ranks may return."""
+    x, y = pairs()
+    group = None if which == "all" else dist.new_group([0, 1])
+    if which == "part" and world.rank > 1:
+        return
+    for _ in range(40):
+        with pytest.raises(InputError, match="compares the samples"):
+            simple(loss=L.SupervisedContrastive(), group=group).fit(x, torch.arange(N) % 3, verbose=0)
+    model, one = simple(group=group), simple(group=world.solo)
+    model.fit(x, y, seed=0, verbose=0)
+    one.fit(x, y, seed=0, verbose=0)
+    expect_weights(model.net, one.net)

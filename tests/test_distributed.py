@@ -30,11 +30,7 @@ from spawning import free_port, run_cases, run_ranks
 
 @functools.cache
 def outcome(size):
-    folder, codes = run_ranks(run_cases, size, "distributed_cases", limit=300)
-    # On a busy machine gloo now and then fails to connect a new group, before any code of ours has run in it.
-    if any("connectFullMesh failed" in said.read_text() for said in folder.glob("*.[0-9]")):
-        return run_ranks(run_cases, size, "distributed_cases", limit=300)
-    return folder, codes
+    return run_ranks(run_cases, size, "distributed_cases", limit=300)
 
 
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])

@@ -6,6 +6,8 @@ import atexit
 import contextlib
 import datetime
 import os
+import pickle
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -33,14 +35,28 @@ class Ranks:
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self.process_group = process_group
         self.size, self.rank = process_group.size(), process_group.rank()
-        members = dist.get_process_group_ranks(process_group)
-        # A part of the processes cannot ask the others to join in.
-        part = len(members) < dist.get_world_size()
+        members = tuple(dist.get_process_group_ranks(process_group))
         self._first = members[0]
-        self._host: dist.ProcessGroup | None = dist.new_group(
-            members, backend="gloo", timeout=_timeout(process_group), use_local_synchronization=part
-        )
-        self._name = self._host.group_name  # type: ignore[union-attr]
+        # A name of its own for each attempt: the store still has the addresses of the one that failed.
+        _attempts[members] += 1
+        self._name = f"lossledger/{'-'.join(map(str, members))}/{_attempts[members]}"
+        self._host: Any = self._connected(_timeout(process_group))
+
+    def _connected(self, timeout: datetime.timedelta) -> Any:
+        # Not dist.new_group: all processes would have to call it, and it names a part of them as it named the last.
+        store = dist.distributed_c10d.PrefixStore(self._name, _store())
+        try:
+            host: Any = dist.ProcessGroupGloo(store, self.rank, self.size, timeout)
+            # A rank is connected before those that it is connected with have heard of it. One that closed now, as an
+            # error at once makes it, would be a lost connection to them: none goes on before all are through.
+            if store.add("connected", 1) == self.size:
+                store.set("all connected", "1")
+            store.wait(["all connected"], timeout)
+        except RuntimeError as error:
+            raise RankError(
+                f"rank {self.rank} of {self.size} could not connect to the others: {str(error).splitlines()[0][:300]}"
+            ) from error
+        return host
 
     @property
     def failed(self) -> bool:
@@ -49,24 +65,31 @@ class Ranks:
 
     def sum_(self, flat: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
-        on_host = flat.device.type == "cpu"
         with self._waiting():
-            dist.all_reduce(flat, group=self._open() if on_host else self.process_group)
+            if flat.device.type == "cpu":
+                self._open().allreduce([flat]).wait()
+            else:
+                dist.all_reduce(flat, group=self.process_group)
         return flat
 
     def agree(self, *numbers: int) -> list[list[int]]:
         """The whole numbers of every rank."""
-        mine = torch.tensor(numbers, dtype=torch.int64)
-        found = [torch.empty_like(mine) for _ in range(self.size)]
-        with self._waiting():
-            dist.all_gather(found, mine, group=self._open())
-        return [row.tolist() for row in found]
+        return [row.tolist() for row in self._gathered(torch.tensor(numbers, dtype=torch.int64))]
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank gives; it is pickled."""
-        found: list[Any] = [None] * self.size
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [size for (size,) in self.agree(mine.numel())]
+        padded = mine.new_zeros(max(sizes))
+        padded[: mine.numel()] = mine
+        found = self._gathered(padded)
+        return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(found, sizes, strict=True)]
+
+    def _gathered(self, mine: Tensor) -> list[Tensor]:
+        """Tensors of one shape on the host, one of each rank."""
+        found = [torch.empty_like(mine) for _ in range(self.size)]
         with self._waiting():
-            dist.all_gather_object(found, value, group=self._open())
+            self._open().allgather([found], [mine]).wait()
         return found
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
@@ -74,8 +97,10 @@ class Ranks:
         with self._waiting(), torch.no_grad():
             for bucket in buckets(tensors):
                 flat = torch.cat([t.detach().reshape(-1) for t in bucket])
-                group = self._open() if flat.device.type == "cpu" else self.process_group
-                dist.broadcast(flat, self._first, group=group)
+                if flat.device.type == "cpu":
+                    self._open().broadcast([flat], dist.BroadcastOptions()).wait()
+                else:
+                    dist.broadcast(flat, self._first, group=self.process_group)
                 for tensor, part in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
                     tensor.copy_(part.view_as(tensor))
 
@@ -87,15 +112,14 @@ class Ranks:
             with contextlib.suppress(Exception):
                 text = f"rank {self.rank} failed with {type(error).__name__}: {error}"
                 _store().set(self._key, text)
-        host, self._host = self._host, None
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group(host)
+        # The last reference: its connections close.
+        self._host = None
 
     @property
     def _key(self) -> str:
-        return f"lossledger/failed/{self._name}"
+        return f"{self._name}/failed"
 
-    def _open(self) -> dist.ProcessGroup:
+    def _open(self) -> Any:
         if self._host is None:
             raise RankError("This rank has left the group after an error; start the training anew on all ranks.")
         return self._host
@@ -140,6 +164,8 @@ def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 _known: list[Ranks] = []
+# How often these ranks have connected.
+_attempts: Counter[tuple[int, ...]] = Counter()
 
 
 def joined(given: Any = None, device: torch.device | None = None) -> Group:
@@ -200,12 +226,12 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def _timeout(process_group: dist.ProcessGroup) -> datetime.timedelta | None:
+def _timeout(process_group: dist.ProcessGroup) -> datetime.timedelta:
     """How long the user's group waits; torch's default where it does not tell."""
     for kind in ("cpu", "cuda"):
         with contextlib.suppress(Exception):
             return process_group._get_backend(torch.device(kind)).options._timeout  # type: ignore[no-any-return]
-    return None
+    return dist.constants.default_pg_timeout
 
 
 @contextlib.contextmanager
