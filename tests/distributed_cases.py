@@ -233,8 +233,8 @@ def step_by_sample(world):
 
 OPTIONS = {
     "uneven": {},
-    "idle": {"batch_size": 11, "accumulate": 1},
-    "accumulate": {"batch_size": 2, "accumulate": 3},
+    "idle": {"batch_size": 11, "accumulate": 1, "ledger_steps": 1},
+    "accumulate": {"batch_size": 2, "accumulate": 3, "ledger_steps": 3},
     "tiny": {"batch_size": 1},
     "adam": {"optimizer": "adam"},
     "clip": {"clip_norm": 0.05, "ema": 0.7},

@@ -221,6 +221,21 @@ def steps_of(steps: Any, available: int | None) -> int | None:
     return wanted
 
 
+def check_targets_of_all(
+    plan: StepPlan, frozen_plan: StepPlan, data: Data, held: Data | None, device: torch.device
+) -> None:
+    """The targets to train on, and those to validate on.
+
+    Raises:
+        InputError: as `check_targets`.
+    """
+    check_targets(plan, data, device)
+    if held is not None:
+        # Class weights do not apply to validation, so its targets may hold other classes.
+        with about_validation():
+            check_targets(frozen_plan, held, device)
+
+
 def updates_of(batches: int | None, accumulate: int) -> int | None:
     """Optimizer steps of so many batches; the last one may have fewer batches than the others."""
     return None if batches is None else -(-batches // accumulate)

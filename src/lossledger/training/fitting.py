@@ -112,7 +112,7 @@ class Fitting:
                 callback.on_epoch_begin(epoch, {})
         steps = self.data.steps(options.batch_size) if options.steps is None else options.steps
         show.begin(self._title(epoch), boundary.updates_of(steps, options.accumulate))
-        current = loop.Pass(self.plan.objective, self.metrics, self.device, show, self.group)
+        current = loop.Pass(self.plan.objective, self.metrics, self.device, show, self.group, options.every)
         length = self.data.length
         order = order_of(length, self.seed, epoch) if length is not None and self.shuffled else None
         if backup is None and self.group.size > 1:
@@ -127,6 +127,9 @@ class Fitting:
             windows = alone(backup.batches(options.batch_size, order, options.steps, current), options.accumulate)
         result = loop.train_epoch(self.plan, windows, options, current, self.progress.step)
         same_buffers(self.group, self.plan.net)
+        for step, tallies in result.intervals:
+            number = self.progress.step - 1 + step
+            self.ledger.append(posting.rows(self.plan.objective, tallies, "training", epoch + 1, number))
         post(self.ledger, self.plan.objective, result, "training", epoch + 1)
         return result
 

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from lossledger.training.callback import Callback, overrides
 from lossledger.training.checking import Checking
 from lossledger.training.data import Data
 from lossledger.training.gate import bad_elements
+from lossledger.training.intervals import Closed, Intervals, of_all_ranks
 from lossledger.training.measure import Measures, MetricPlan
 from lossledger.training.modes import evaluating
 from lossledger.training.progress import Show
@@ -50,6 +51,7 @@ class PassResult:
         metrics: results by name, with their classes.
         steps: number of optimizer steps, or of batches where nothing is trained.
         seconds: duration.
+        intervals: the tallies of parts of the pass by their last step, if they were asked for.
     """
 
     tallies: dict[str, Tally]
@@ -57,6 +59,7 @@ class PassResult:
     metrics: dict[str, Any]
     steps: int
     seconds: float
+    intervals: Closed = field(default_factory=list)
 
 
 class Pass:
@@ -68,6 +71,7 @@ class Pass:
         device: of the model.
         show: the progress display.
         group: the ranks whose sums a log point adds up.
+        every: steps of an interval whose sums are kept by themselves, if any.
     """
 
     def __init__(
@@ -77,10 +81,12 @@ class Pass:
         device: torch.device,
         show: Show,
         group: Group = ALONE,
+        every: int | None = None,
     ) -> None:
         self.objective = objective
         self.group = group
         self.running = Running(device)
+        self.intervals = None if every is None else Intervals(every, device)
         self.measures = Measures(objective, plans)
         self._measured = bool(plans)
         self._differs: Tensor | None = None
@@ -105,6 +111,8 @@ class Pass:
         """
         self.steps += 1
         self.running.add(tallies)
+        if self.intervals is not None:
+            self.intervals.add(self.steps, tallies)
         bad = None if done is None else done.bad
         self.measures.add(bad if skip else None)
         self._last = tallies
@@ -115,12 +123,17 @@ class Pass:
 
     def state_dict(self) -> dict[str, Any]:
         """How far the pass is."""
-        return {"steps": self.steps, "running": self.running.state_dict(), "measures": self.measures.state_dict()}
+        intervals = None if self.intervals is None else self.intervals.state_dict()
+        sums = {"running": self.running.state_dict(), "intervals": intervals}
+        return {"steps": self.steps, **sums, "measures": self.measures.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was told; no step of it was left out and not yet reported."""
         self.steps = state["steps"]
-        self.running.load_state_dict(state["running"], {t.name: t.loss.link for t in self.objective.terms})
+        links = {t.name: t.loss.link for t in self.objective.terms}
+        self.running.load_state_dict(state["running"], links)
+        if self.intervals is not None:
+            self.intervals.load_state_dict(state["intervals"], links)
         self.measures.load_state_dict(state["measures"], self._bad_steps.device)
 
     def bad_steps(self) -> int:
@@ -166,7 +179,9 @@ class Pass:
         measured = self.measures.read(group)
         logs = posting.logs(self.objective, tallies) | {name: r.value for name, r in measured.items()}
         steps = max(steps for (steps,) in group.agree(self.steps))
-        return PassResult(tallies, logs, measured, steps, time.perf_counter() - self.started)
+        closed = [] if self.intervals is None else of_all_ranks(group.gather(self.intervals.all(self.steps)))
+        intervals = [(step, in_order(self.objective, part)) for step, part in closed]
+        return PassResult(tallies, logs, measured, steps, time.perf_counter() - self.started, intervals)
 
     def empty(self) -> bool:
         """Whether no rank had a batch."""
@@ -206,6 +221,7 @@ class TrainOptions:
     accumulate: int
     steps: int | None
     by: str | None
+    every: int | None
     on_nonfinite: str
     checked: bool
     callbacks: Sequence[Callback]

@@ -27,7 +27,6 @@ from lossledger.training.history import History
 from lossledger.training.modes import training
 from lossledger.training.progress import Show
 from lossledger.training.provenance import provenance, recipe
-from lossledger.training.step import StepPlan
 from lossledger.training.summary import summary_table
 
 
@@ -186,6 +185,7 @@ class Model:
         seed: int | None = None,
         checks: str = "warn",
         ignore_checks: Sequence[str] = (),
+        ledger_steps: int | None = None,
     ) -> History:
         """Train.
 
@@ -216,6 +216,7 @@ class Model:
             checks: "warn" prints what looks wrong about loss, data and weights, each thing once; "error" raises it;
                 "off". Findings are kept as `ledger.info["findings"]`.
             ignore_checks: codes to leave out, see `docs/checks`.
+            ledger_steps: steps whose sums become rows of the ledger with a step, besides the rows of each epoch.
 
         Returns:
             the history, with the ledger.
@@ -225,6 +226,8 @@ class Model:
         """
         group, written = self._group(), run_dir if self.writes else None
         boundary.check_fit(batch_size, epochs, accumulate, initial_epoch, validation_freq, written, resume)
+        if ledger_steps is not None:
+            boundary.whole(ledger_steps, "ledger_steps")
         settings = self._require_compiled()
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype()))
         compiled = self._compiled()
@@ -232,7 +235,7 @@ class Model:
         data, held = boundary.validation(data, validation_split, validation_data, self._dtype())
         steps = boundary.steps_of(steps_per_epoch, data.steps(batch_size))
         sharing.check_shared(group, plan.objective, data, held)
-        self._check(plan, data, held)
+        boundary.check_targets_of_all(plan, compiled.plan, data, held, self._device())
         boundary.warn_if_trainable_changed(plan, self._forward.named_parameters())
         calls = as_callbacks(callbacks)
         sharing.check_run(group, resume, calls)
@@ -261,6 +264,7 @@ class Model:
                 validation_freq=validation_freq,
                 ema=settings.ema,
                 on_nonfinite=settings.on_nonfinite,
+                ledger_steps=ledger_steps,
             ),
             backup.Changing(
                 self._forward,
@@ -289,6 +293,7 @@ class Model:
                 accumulate=accumulate,
                 steps=None if steps_per_epoch is None else steps,
                 by="class",
+                every=ledger_steps,
                 on_nonfinite=settings.on_nonfinite,
                 checked=boundary.checked_at_once(data, self._device()),
                 callbacks=calls,
@@ -308,13 +313,6 @@ class Model:
         )
         params_of_callbacks = {**params, "validation": held is not None, "resumed": found is not None}
         return History(*self._run(fitting, show, params_of_callbacks, average), self.ledger, params)
-
-    def _check(self, plan: StepPlan, data: Data, held: Data | None) -> None:
-        boundary.check_targets(plan, data, self._device())
-        if held is not None:
-            # Class weights do not apply to validation, so its targets may hold other classes.
-            with boundary.about_validation():
-                boundary.check_targets(self._compiled().plan, held, self._device())
 
     def _run(
         self, fitting: Fitting, show: Show, params: dict[str, Any], average: Average

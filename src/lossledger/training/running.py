@@ -107,6 +107,16 @@ def _pattern(coefficient: Any, offset: Any, form: Any, groups: tuple[Any, ...] |
     return Tally(0, 0, 0, 0, coefficient, offset, form, groups=empty, statistics=statistics, link=link)
 
 
+def described(tally: Tally) -> dict[str, Any]:
+    """A tally on the host as plain values and arrays; `rebuilt` is the way back."""
+    return {"kind": _kind(tally), "sums": _slots(tally)}
+
+
+def rebuilt(told: dict[str, Any], link: Link | None) -> Tally:
+    """The tally that `described` told."""
+    return _rebuild(_pattern(**told["kind"], link=link), told["sums"])
+
+
 # Positions of the counts among the slots: count, nonfinite, and the counts of the groups.
 _COUNTS = (2, 4, 7)
 
