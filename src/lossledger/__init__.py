@@ -27,6 +27,7 @@ _HOME = {
     "metrics": "lossledger.metrics",
     "regularizers": "lossledger.regularizers",
     "report": "lossledger.report",
+    "watch": "lossledger.report.watch",
 }
 _MODULES = ("callbacks", "conventions", "errors", "explain", "losses", "metrics", "regularizers", "report")
 
@@ -51,6 +52,7 @@ __all__ = [
     "metrics",
     "regularizers",
     "report",
+    "watch",
 ]
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from lossledger.ledger import Ledger
     from lossledger.objective import Objective, Outputs, add_loss
     from lossledger.reduction import Reduction
+    from lossledger.report.watch import watch
     from lossledger.tally import Tally
     from lossledger.training import callbacks
     from lossledger.training.model import Model

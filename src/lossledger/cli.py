@@ -1,5 +1,6 @@
 """The command line: `lossledger demo`, `lossledger report RUN`, `lossledger compare FILE`,
-`lossledger explain FILE`, `lossledger check FILE`, `lossledger diff A B`, `lossledger query RUN SQL`.
+`lossledger explain FILE`, `lossledger check FILE`, `lossledger diff A B`, `lossledger query RUN SQL`,
+`lossledger watch RUN`.
 """
 
 from __future__ import annotations
@@ -74,6 +75,17 @@ def report(run: Path, output: Path | None, as_plain: bool) -> None:
         click.echo(as_text(build_view(Ledger.open(run))))
     else:
         click.echo(write(run, output or run / "report.html"))
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--port", default=0, show_default=True, type=click.IntRange(0, 65535), help="0 for any that is free.")
+@click.option("--open/--no-browser", "show", default=False, help="Show the page in a browser; not if not asked to.")
+def watch(run: Path, port: int, show: bool) -> None:
+    """Serve the report of RUN to this machine while it trains; it need not have begun."""
+    from lossledger.report.watch import serve
+
+    serve(run, port, show, click.echo)
 
 
 @main.command()
