@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lossledger as ll
 from lossledger.distributed import full
-from lossledger.errors import EmptyDataError, InputError, NonFiniteError, RankError
+from lossledger.errors import CheckError, EmptyDataError, InputError, NonFiniteError, RankError
 
 L = ll.losses
 LOGITS = {"from_logits": True}
@@ -367,6 +369,71 @@ def not_finite(world, policy):
     else:
         expect_history(model.fit(x, y, **options), one.fit(x, y, **options))
     expect_weights(model.net, one.net)
+
+
+@case()
+def the_record_of_a_bad_sample_names_its_rank(world):
+    """The first NaN is traced by the rank that has the sample; all ranks keep the same record, rank 0 writes it."""
+    x, y = pairs()
+    y[N - 1, 1] = torch.inf
+    folder = world.out / "nonfinite"
+    model = simple(class_names=["left", "right"])
+    with pytest.raises(NonFiniteError) as caught:
+        # The last sample of an unshuffled batch of all is in the share of the last rank.
+        model.fit(x, y, batch_size=N, seed=3, verbose=0, shuffle=False, run_dir=folder)
+    last = world.size - 1
+    assert str(caught.value).startswith(f"rank {last}: ") is (world.rank != last)
+    records = [None] * world.size
+    dist.all_gather_object(records, model.ledger.info["nonfinite"])
+    dist.barrier()
+    for record in (*records, ll.Ledger.open(folder).info["nonfinite"]):
+        assert (record["step"], record["rank"], record["samples"]) == (1, last, [N - 1])
+        assert (record["classes"], record["already_bad"]) == (["right"], ["y"])
+
+
+@case("warn", "error", "off")
+def checks_find_what_one_rank_sees(world, policy):
+    """A fault in the part of the last rank: found once, recorded and printed by rank 0; no rank waits for another."""
+    size = 16 * world.size
+    x, y = (torch.randn(size, width, generator=torch.Generator().manual_seed(width)).double() for width in (3, 2))
+    weight = torch.ones(size).double()
+    # Weights that scale the loss, in the share of the last rank.
+    weight[-16:] = torch.arange(16) + 50.0
+    said = io.StringIO()
+    options = {"batch_size": size, "epochs": 3, "shuffle": False, "sample_weight": weight, "verbose": 2, "seed": 0}
+    model = simple()
+    with contextlib.redirect_stdout(said):
+        if policy == "error":
+            # The rank that found it says what, and takes the others with it.
+            with pytest.raises(CheckError if world.rank == world.size - 1 else RankError, match="W3"):
+                model.fit(x, y, checks=policy, **options)
+            return
+        history = model.fit(x, y, checks=policy, **options)
+    found = [(f["code"], f["data"].get("rank")) for f in history.ledger.info.get("findings", ())]
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("W3 warning")]
+    last = world.size - 1
+    assert found == ([] if policy == "off" else [("W3", None if world.rank == last else last)])
+    assert len(lines) == (1 if policy == "warn" and world.rank == 0 else 0)
+
+
+@case()
+def the_gap_is_that_of_one_process(world):
+    """Train and validation loss in parts, measured by each rank on its own batches."""
+    x, y = pairs()
+    weight = torch.linspace(0, 2, N).double()
+    found = []
+    for group in (None, world.solo):
+        gap = ll.callbacks.Gap(batches=99)
+        model = simple(group=group, regularizers={"*weight": "l2"})
+        options = {"batch_size": 5, "epochs": 2, "seed": 3, "verbose": 0, "checks": "off"}
+        model.fit(x, y, sample_weight=weight, validation_data=(x[:4], y[:4]), callbacks=gap, **options)
+        assert len(gap.found) == 2
+        found.append(gap.found)
+    for mine, one in zip(*found, strict=True):
+        np.testing.assert_allclose([mine.loss, mine.val_loss], [one.loss, one.val_loss], rtol=1e-11)
+        for part, other in zip(mine.parts, one.parts, strict=True):
+            np.testing.assert_allclose((part.value, part.error), (other.value, other.error), atol=1e-12)
+        assert all(mine[name].value for name in ("weights moved", "regularizers", "counting", "data"))
 
 
 @case()

@@ -17,6 +17,7 @@ from checks_correct import CORRECT, LOGITS, binary, labels, normal
 from checks_faults import FAULTS, NEAR
 from lossledger.cli import main
 from lossledger.errors import CheckError, InputError, NonFiniteError, UnknownNameError
+from lossledger.explain.checks.probe import can_be_called_again
 from lossledger.explain.checks.registry import CODES, RULES
 
 L = ll.losses
@@ -159,6 +160,16 @@ def test_a_loss_that_remembers_is_called_once_by_check_and_not_by_fit(make):
         fitted(L.FunctionLoss(make(calls), name="own"), normal(8, 3), normal(8, 1), checks=checks, batch_size=4)
         counts.append(len(calls))
     assert counts[0] == counts[1]
+
+
+def test_a_loss_that_talks_to_other_ranks_is_not_called_again():
+    def over_ranks(y_true, y_pred):
+        value = (y_true - y_pred).square().sum()
+        torch.distributed.all_reduce(value)
+        return value
+
+    assert not can_be_called_again(L.FunctionLoss(over_ranks))
+    assert can_be_called_again(L.FunctionLoss(lambda y_true, y_pred: y_pred.gather(1, y_true)))
 
 
 class Counting(nn.Module):

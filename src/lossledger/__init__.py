@@ -23,6 +23,7 @@ _HOME = {
     "errors": "lossledger.errors",
     "explain": "lossledger.explain",
     "fingerprint": "lossledger.explain.fingerprint",
+    "gap": "lossledger.training.difference",
     "losses": "lossledger.losses",
     "metrics": "lossledger.metrics",
     "regularizers": "lossledger.regularizers",
@@ -48,6 +49,7 @@ __all__ = [
     "errors",
     "explain",
     "fingerprint",
+    "gap",
     "losses",
     "metrics",
     "regularizers",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from lossledger.report.watch import watch
     from lossledger.tally import Tally
     from lossledger.training import callbacks
+    from lossledger.training.difference import gap
     from lossledger.training.model import Model
 
 

@@ -13,6 +13,7 @@ import torch
 
 from lossledger.errors import CheckpointError, InputError, InputTypeError, UnknownNameError
 from lossledger.training.callback import Callback, Logs, awaited, monitored
+from lossledger.training.gap import Gap
 from lossledger.training.schedule import LearningRateScheduler, is_scheduler
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "CSVLogger",
     "Callback",
     "EarlyStopping",
+    "Gap",
     "LambdaCallback",
     "LearningRateScheduler",
     "ModelCheckpoint",

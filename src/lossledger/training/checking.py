@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lossledger.batch import Batch, map_structure
+from lossledger.distributed import ALONE, Group
 from lossledger.errors import CheckError, UnknownNameError
 from lossledger.explain.checks.case import understand
 from lossledger.explain.checks.epochs import Epochs
@@ -36,9 +37,18 @@ class Checking:
         objective: of the training.
         ledger: where findings are recorded, as `ledger.info["findings"]`.
         show: prints.
+        group: the ranks that share the data: each looks at its own part of the first batch.
     """
 
-    def __init__(self, policy: str, ignore: Iterable[str], objective: Objective, ledger: Ledger, show: Show) -> None:
+    def __init__(
+        self,
+        policy: str,
+        ignore: Iterable[str],
+        objective: Objective,
+        ledger: Ledger,
+        show: Show,
+        group: Group = ALONE,
+    ) -> None:
         self._raises = policy == "error"
         self._ignore = known_codes(ignore)
         self._objective = objective
@@ -49,6 +59,8 @@ class Checking:
         before = ledger.info.get("findings", ())
         self._known: set[tuple[str, Any]] = {(f["code"], f["data"].get("term")) for f in before}
         self._first = True
+        self._group = group
+        self._own: list[Finding] | None = [] if group.size > 1 else None
 
     def with_first(self, observe: Observe | None) -> Observe | None:
         """What sees the batches of a step: the checks too, where none has been seen."""
@@ -67,7 +79,10 @@ class Checking:
     def _batch(self, batch: Batch, outputs: Any) -> None:
         batch, outputs = _some(batch, outputs)
         case = understand(self._objective, batch.y, outputs, batch.sample_weight, batch.mask, again=True)
-        self._say(findings(case, ("batch",), self._ignore))
+        found = findings(case, ("batch",), self._ignore)
+        if self._own is not None:
+            self._own.extend(found)
+        self._say(found)
 
     def epoch(self, training: Mapping[str, Tally], validation: Mapping[str, Tally] | None) -> None:
         """The end of an epoch: tallies that the host has read anyway.
@@ -76,6 +91,11 @@ class Checking:
             CheckError: a finding, where they are errors.
         """
         self._training.append(training)
+        if self._own is not None:
+            # Once, at a point that all ranks come to: what is wrong with the part of another rank is said by rank 0.
+            for rank, own in enumerate(self._group.gather(self._own)):
+                self._say([replace(finding, data={**finding.data, "rank": rank}) for finding in own])
+            self._own = None
         self._say(findings(Epochs(self._objective, self._training, validation), ("epoch",), self._ignore))
 
     def _say(self, found: list[Finding]) -> None:
@@ -98,7 +118,9 @@ class Checking:
             self._show.say(str(finding))
 
 
-def checking(policy: Any, ignore: Iterable[str], objective: Objective, ledger: Ledger, show: Show) -> Checking | None:
+def checking(
+    policy: Any, ignore: Iterable[str], objective: Objective, ledger: Ledger, show: Show, group: Group = ALONE
+) -> Checking | None:
     """The checks of a call of `fit`; `None` where they are off.
 
     Raises:
@@ -107,7 +129,7 @@ def checking(policy: Any, ignore: Iterable[str], objective: Objective, ledger: L
     if not isinstance(policy, str) or policy not in POLICIES:
         raise UnknownNameError("checks", policy, POLICIES)
     known_codes(ignore)
-    return None if policy == "off" else Checking(policy, ignore, objective, ledger, show)
+    return None if policy == "off" else Checking(policy, ignore, objective, ledger, show, group)
 
 
 def _some(batch: Batch, outputs: Any) -> tuple[Batch, Any]:

@@ -20,6 +20,7 @@ from lossledger.training.measure import MetricPlan
 from lossledger.training.progress import Show
 from lossledger.training.sharing import alone, turns
 from lossledger.training.step import StepPlan
+from lossledger.training.watching import EpochEnd, watchers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +82,8 @@ class Fitting:
             show.end(self._title(epoch), result.steps, result.seconds, logs)
             if self.options.checks is not None:
                 self.options.checks.epoch(result.tallies, None if held is None else held.tallies)
+            if held is not None:
+                self._tell_watchers(epoch, result, held)
             together(self.group, self._save)
             for callback in self.options.callbacks:
                 callback.on_epoch_end(epoch, logs)
@@ -91,6 +94,23 @@ class Fitting:
             if last:
                 break
         return progress.history, progress.done
+
+    def _tell_watchers(self, epoch: int, result: loop.PassResult, held: loop.PassResult) -> None:
+        assert self.validation is not None
+        end = EpochEnd(
+            epoch,
+            self.plan,
+            self.frozen_plan,
+            result.tallies,
+            held.tallies,
+            self.data,
+            self.validation,
+            self.device,
+            self.group,
+            self.ledger,
+        )
+        for callback in watchers(self.options.callbacks):
+            callback.on_validated(end)
 
     def record(self, error: NonFiniteError) -> None:
         """What the first NaN came from, kept with the run."""

@@ -31,6 +31,7 @@ from lossledger.training.running import Running
 from lossledger.training.sharing import Turn, in_order, own_batches, turns
 from lossledger.training.step import Observe, StepPlan, StepResult, train_step
 from lossledger.training.trace import nonfinite_error
+from lossledger.training.watching import watched, watchers
 from lossledger.window import check_replay, merged, padded
 
 if TYPE_CHECKING:
@@ -248,7 +249,10 @@ def train_epoch(
     group = current.group
     observe = current.observe
     first = observe if options.checks is None else options.checks.with_first(observe)
-    observers = itertools.chain((first,), itertools.repeat(observe))
+    observers: Iterator[Observe | None] = itertools.chain((first,), itertools.repeat(observe))
+    watching = watchers(options.callbacks)
+    if watching:
+        observers = watched(observers, watching, plan, current.steps)
     for index, (turn, observer) in enumerate(zip(windows, observers, strict=False), current.steps):
         window = tuple(map(to_device, turn.batches, itertools.repeat(device)))
         spare = None if turn.spare is None else to_device(turn.spare, device)

@@ -299,7 +299,7 @@ class Model:
                 callbacks=calls,
                 after_step=average.update if settings.ema is not None else None,
                 backup=saving,
-                checks=checking(checks, ignore_checks, plan.objective, self.ledger, show),
+                checks=checking(checks, ignore_checks, plan.objective, self.ledger, show, group),
             ),
             device=self._device(),
             epochs=range(initial_epoch, epochs),

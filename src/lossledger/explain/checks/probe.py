@@ -1,4 +1,4 @@
-"""Whether a loss may be called a second time, which a probe does: not when it remembers or draws numbers."""
+"""Whether a loss may be called a second time, which a probe does: not when it remembers, draws numbers or talks to other ranks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from lossledger.losses.loss import Loss
 _WRITES = {"STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR"}
 # Methods that change their object, print, or draw random numbers.
 _NAMES = {"append", "extend", "update", "add_", "copy_", "pop", "write", "print", "setdefault", "insert", "next"}
+# Calls that wait for other ranks, which may not come a second time.
+_TALKS = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter", "broadcast_object", "barrier")
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal_", "uniform_", "sample", "log", "record")
 _PURE = ("log", "log1p", "logsumexp", "logaddexp", "log_softmax", "logsigmoid", "logit", "log2", "log10", "log_")
 
@@ -54,6 +56,6 @@ def _reads_only(code: CodeType) -> bool:
             return False
     for name in code.co_names:
         drawn = any(word in name for word in _RANDOM) and not any(name.startswith(word) for word in _PURE)
-        if name in _NAMES or drawn:
+        if name in _NAMES or drawn or name.startswith(_TALKS):
             return False
     return all(_reads_only(inner) for inner in code.co_consts if isinstance(inner, CodeType))
