@@ -14,6 +14,7 @@ from lossledger.errors import InputError, LedgerError, UnknownNameError
 from lossledger.ledger import query, segments
 from lossledger.ledger.columns import INTEGER, REAL, TEXT, Column, Columns, Records, grouped, joined
 from lossledger.ledger.diff import Diff, Side, difference
+from lossledger.ledger.samples import SampleBook, Samples, stacked, top_losses
 from lossledger.ledger.table import Table, exact_sum, roll_up
 
 _SQL_TYPES = {"str": TEXT, "int": INTEGER, "int | None": INTEGER, "float": REAL}
@@ -105,6 +106,7 @@ class _Book:
         self.info = info
         self.rows = Records(Row, ROW_COLUMNS, OPTIONAL, rows)
         self.metrics = Records(MetricRow, METRIC_COLUMNS, frozenset(), metrics)
+        self.samples = SampleBook()
 
     def epoch_rows(self, split: str, epoch: int) -> list[Row]:
         """The rows of a whole epoch."""
@@ -150,6 +152,52 @@ class Ledger:
     def metrics(self) -> tuple[MetricRow, ...]:
         """Every metric, in the order of posting, run after run."""
         return tuple(metric for book in self._books for metric in book.metrics)
+
+    @property
+    def samples(self) -> Samples:
+        """What each sample brought to each term, of `samples=True`; read from the run folder where it lies there.
+
+        Raises:
+            LedgerError: a damaged or foreign segment of samples.
+        """
+        return Samples(self._with_run([stacked([book.samples.columns()]) for book in self._books]))
+
+    def append_samples(self, rows: Columns) -> None:
+        """Add rows of samples, as `lossledger.ledger.samples.sample_columns` makes them.
+
+        Raises:
+            InputError: the ledger holds several runs.
+        """
+        self._only_book("append to").samples.append(rows)
+
+    def save_samples(self, path: str | Path) -> None:
+        """Write the samples alone that a run folder lacks: what a rank adds to the folder that another writes.
+
+        Raises:
+            LedgerError: the folder cannot be written to.
+        """
+        self._only_book("save").samples.save(_absolute(path))
+
+    def top_losses(
+        self, k: int = 20, split: str | None = None, epoch: int | None = None, term: str | None = None
+    ) -> Table:
+        """The samples with the highest loss in one epoch, the highest first; one that is not finite comes before all.
+
+        Args:
+            k: how many.
+            split: "training", "validation" or "test"; the first of these that has samples.
+            epoch: the last of the split if not given.
+            term: whose loss; all terms together, each times its λ, if not given.
+
+        Returns:
+            a Table of sample, split, epoch, loss (its own mean), contribution (what it adds to the loss of the epoch),
+            and for classification confidence, correct, margin, label and predicted.
+
+        Raises:
+            InputError: no samples, no such split or epoch, or several runs.
+            UnknownNameError: no such term.
+        """
+        return top_losses(self.samples, k, split, epoch, term)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -243,6 +291,7 @@ class Ledger:
         if len(book.metrics) > metrics:
             segments.write_segment(folder / "metrics", book.metrics.after(metrics))
         self._written[folder] = (rows, len(book.metrics))
+        book.samples.save(folder)
         self._path = folder
         return folder
 
@@ -388,11 +437,12 @@ class Ledger:
 
     def _columns(self, kind: str) -> Columns:
         """The rows or the metrics of all runs, with a column of the run's name."""
+        return self._with_run([getattr(book, kind).columns() for book in self._books])
+
+    def _with_run(self, parts: list[Columns]) -> Columns:
         import numpy as np
 
-        books: list[Records[Any]] = [getattr(book, kind) for book in self._books]
-        runs = np.repeat(np.arange(len(books)), [len(book) for book in books])
-        parts = [book.columns() for book in books]
+        runs = np.repeat(np.arange(len(parts)), [len(next(iter(part.values())).values) for part in parts])
         return {"run": Column(TEXT, runs, self.runs)} | {n: joined([part[n] for part in parts]) for n in parts[0]}
 
     def _only_book(self, action: str) -> _Book:
@@ -429,7 +479,9 @@ def _read_book(folder: Path, run: str | None = None) -> _Book:
     content = segments.read_run_file(folder)
     rows = segments.read_segments(folder / "ledger", ROW_COLUMNS, OPTIONAL)
     metrics = segments.read_segments(folder / "metrics", METRIC_COLUMNS)
-    return _Book(run or content["run"], content["info"], rows, metrics)
+    book = _Book(run or content["run"], content["info"], rows, metrics)
+    book.samples = SampleBook(folder)
+    return book
 
 
 def _absolute(path: str | Path) -> Path:

@@ -264,10 +264,11 @@ def load(connection: duckdb.DuckDBPyConnection, table: str, columns: Columns) ->
         value = f'"{name}"'
         if column.missing is not None:
             arrays[f"{name} missing"] = column.missing
-            value = f'CASE WHEN NOT "{name} missing" THEN "{name}" END'
-        elif column.kind == REAL:
+        if column.kind == REAL:
             # DuckDB takes a NaN of NumPy for NULL.
             value = f"coalesce({value}, 'nan')"
+        if column.missing is not None:
+            value = f'CASE WHEN NOT "{name} missing" THEN {value} END'
         selected.append(f'CAST({value} AS {column.kind}) AS "{name}"')
     connection.register("loaded", arrays)
     connection.execute(f'CREATE TABLE "{table}" AS SELECT {", ".join(selected)} FROM loaded')

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Share of the time that checkpoints may take, where nobody says how often to write them.
 SHARE = 0.01
-_LEDGERS = ("ledger", "metrics")
+_LEDGERS = ("ledger", "metrics", "samples")
 
 
 @dataclass(slots=True, eq=False)
@@ -306,7 +306,8 @@ def reopened(found: Checkpoint, folder: Path) -> Ledger | None:
         CheckpointError: a segment that the checkpoint names is missing.
     """
     for kind in _LEDGERS:
-        missing = set(found.state["segments"][kind]) - set(segments.segment_names(folder / kind))
+        # Runs of earlier versions have no samples.
+        missing = set(found.state["segments"].get(kind, ())) - set(segments.segment_names(folder / kind))
         if missing:
             raise CheckpointError(
                 f"resume: {folder / kind} lacks {', '.join(sorted(missing))}, which checkpoint {found.number:06d} "

@@ -12,12 +12,14 @@ import torch
 from lossledger.distributed import Group, same_buffers, together
 from lossledger.errors import NonFiniteError
 from lossledger.ledger import Ledger
+from lossledger.ledger.samples import stacked
 from lossledger.objective import Objective
 from lossledger.training import boundary, loop, measure, posting
 from lossledger.training.backup import Progress
 from lossledger.training.data import Data, order_of
 from lossledger.training.measure import MetricPlan
 from lossledger.training.progress import Show
+from lossledger.training.sampling import Sampling, numbering
 from lossledger.training.sharing import alone, turns
 from lossledger.training.step import StepPlan
 from lossledger.training.watching import EpochEnd, watchers
@@ -44,6 +46,8 @@ class Fitting:
         stopped: whether a callback ended the training.
         progress: how far a resumed run was.
         group: the ranks that share the data.
+        samples: keep what each sample brings to the loss.
+        first_held: index of the first sample of the validation in the data that were given.
     """
 
     plan: StepPlan
@@ -62,6 +66,8 @@ class Fitting:
     stopped: Callable[[], bool]
     progress: Progress
     group: Group
+    samples: bool = False
+    first_held: int = 0
 
     def run(self, show: Show) -> tuple[dict[str, list[float]], list[int]]:
         """All epochs, or those that a resumed run lacks: the numbers by name, and the epochs that ran."""
@@ -118,9 +124,11 @@ class Fitting:
         self._save()
 
     def _save(self) -> None:
-        # All ranks hold the same ledger; one writes it.
+        # All ranks hold the same rows; one writes them. Each has samples of its own.
         if self.run_dir is not None and self.group.rank == 0:
             self.ledger.save(self.run_dir)
+        elif self.run_dir is not None and self.samples:
+            self.ledger.save_samples(self.run_dir)
 
     def _title(self, epoch: int) -> str:
         return f"epoch {epoch + 1}/{self.epochs.stop}"
@@ -132,7 +140,8 @@ class Fitting:
                 callback.on_epoch_begin(epoch, {})
         steps = self.data.steps(options.batch_size) if options.steps is None else options.steps
         show.begin(self._title(epoch), boundary.updates_of(steps, options.accumulate))
-        current = loop.Pass(self.plan.objective, self.metrics, self.device, show, self.group, options.every)
+        samples = Sampling(self.plan.objective, numbering(self.data, self.group)) if self.samples else None
+        current = loop.Pass(self.plan.objective, self.metrics, self.device, show, self.group, options.every, samples)
         length = self.data.length
         order = order_of(length, self.seed, epoch) if length is not None and self.shuffled else None
         if backup is None and self.group.size > 1:
@@ -150,15 +159,21 @@ class Fitting:
         for step, tallies in result.intervals:
             number = self.progress.step - 1 + step
             self.ledger.append(posting.rows(self.plan.objective, tallies, "training", epoch + 1, number))
-        post(self.ledger, self.plan.objective, result, "training", epoch + 1)
+        post(self.ledger, self.plan.objective, result, "training", epoch + 1, self._pooled)
         return result
 
     def _validate(self, data: Data, epoch: int, show: Show) -> loop.PassResult:
         with boundary.about_validation():
-            size = self.options.batch_size
-            result = evaluated(self.frozen_plan, self.metrics, data, size, None, show, self.device, self.group)
-        post(self.ledger, self.frozen_plan.objective, result, "validation", epoch + 1)
+            size, objective = self.options.batch_size, self.frozen_plan.objective
+            samples = Sampling(objective, numbering(data, self.group, self.first_held)) if self.samples else None
+            result = evaluated(self.frozen_plan, self.metrics, data, size, None, show, self.device, self.group, samples)
+        post(self.ledger, objective, result, "validation", epoch + 1, self._pooled)
         return result
+
+    @property
+    def _pooled(self) -> Group | None:
+        """The ranks, where each holds the samples of all: a folder has a segment of each instead."""
+        return self.group if self.run_dir is None else None
 
 
 def evaluated(
@@ -170,15 +185,26 @@ def evaluated(
     show: Show,
     device: torch.device,
     group: Group,
+    samples: Sampling | None = None,
 ) -> loop.PassResult:
     """One pass over data while the weights stand still."""
     show.begin("evaluate", data.steps(batch_size) if steps is None else steps)
-    current = loop.Pass(plan.objective, metrics, device, show, group)
+    current = loop.Pass(plan.objective, metrics, device, show, group, samples)
     return loop.evaluate_pass(plan, data, batch_size, steps, current, boundary.checked_at_once(data, device))
 
 
-def post(ledger: Ledger, objective: Objective, result: loop.PassResult, split: str, epoch: int) -> None:
-    """The rows of a pass, written to the ledger."""
+def post(
+    ledger: Ledger,
+    objective: Objective,
+    result: loop.PassResult,
+    split: str,
+    epoch: int,
+    pooled: Group | None = None,
+) -> None:
+    """The rows of a pass, written to the ledger; with `pooled`, the samples of all of its ranks."""
+    if result.samples is not None:
+        found = result.samples.columns(result.tallies, split, epoch)
+        ledger.append_samples(found if pooled is None else stacked(pooled.gather(found)))
     ledger.append(
         posting.rows(objective, result.tallies, split, epoch),
         measure.metric_rows(objective, result.metrics, split, epoch),

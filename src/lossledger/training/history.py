@@ -23,3 +23,9 @@ class History:
     epoch: list[int]
     ledger: Ledger
     params: dict[str, Any] = field(default_factory=dict)
+
+
+def as_keras(logs: dict[str, float], by_name: bool) -> Any:
+    """What `evaluate` and the single-batch methods return: one number, a list of them, or all by name."""
+    values = list(logs.values())
+    return logs if by_name else values[0] if len(values) == 1 else values

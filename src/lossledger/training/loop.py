@@ -28,6 +28,7 @@ from lossledger.training.measure import Measures, MetricPlan
 from lossledger.training.modes import evaluating
 from lossledger.training.progress import Show
 from lossledger.training.running import Running
+from lossledger.training.sampling import Sampling
 from lossledger.training.sharing import Turn, in_order, own_batches, turns
 from lossledger.training.step import Observe, StepPlan, StepResult, train_step
 from lossledger.training.trace import nonfinite_error
@@ -53,6 +54,7 @@ class PassResult:
         steps: number of optimizer steps, or of batches where nothing is trained.
         seconds: duration.
         intervals: the tallies of parts of the pass by their last step, if they were asked for.
+        samples: what each sample told, where that is kept.
     """
 
     tallies: dict[str, Tally]
@@ -61,6 +63,7 @@ class PassResult:
     steps: int
     seconds: float
     intervals: Closed = field(default_factory=list)
+    samples: Sampling | None = None
 
 
 class Pass:
@@ -73,6 +76,7 @@ class Pass:
         show: the progress display.
         group: the ranks whose sums a log point adds up.
         every: steps of an interval whose sums are kept by themselves, if any.
+        samples: takes what each sample tells, if that is kept.
     """
 
     def __init__(
@@ -83,9 +87,11 @@ class Pass:
         show: Show,
         group: Group = ALONE,
         every: int | None = None,
+        samples: Sampling | None = None,
     ) -> None:
         self.objective = objective
         self.group = group
+        self.samples = samples
         self.running = Running(device)
         self.intervals = None if every is None else Intervals(every, device)
         self.measures = Measures(objective, plans)
@@ -99,8 +105,9 @@ class Pass:
 
     @property
     def observe(self) -> Observe | None:
-        """Takes each batch of a step for the metrics, before the step is added; `None` when there are none."""
-        return self.measures.collect if self._measured else None
+        """Takes each batch of a step for metrics and samples, before the step is added; `None` without both."""
+        measure = self.measures.collect if self._measured else None
+        return measure if self.samples is None else self.samples.observing(measure)
 
     def add(self, tallies: dict[str, Tally], done: StepResult | None = None, skip: bool = False) -> None:
         """Add a step; nothing is read.
@@ -116,6 +123,8 @@ class Pass:
             self.intervals.add(self.steps, tallies)
         bad = None if done is None else done.bad
         self.measures.add(bad if skip else None)
+        if self.samples is not None:
+            self.samples.add(bad if skip else None)
         self._last = tallies
         if bad is not None:
             self._bad_steps += bad
@@ -126,7 +135,8 @@ class Pass:
         """How far the pass is."""
         intervals = None if self.intervals is None else self.intervals.state_dict()
         sums = {"running": self.running.state_dict(), "intervals": intervals}
-        return {"steps": self.steps, **sums, "measures": self.measures.state_dict()}
+        state = {"steps": self.steps, **sums, "measures": self.measures.state_dict()}
+        return state if self.samples is None else {**state, "samples": self.samples.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was told; no step of it was left out and not yet reported."""
@@ -136,6 +146,8 @@ class Pass:
         if self.intervals is not None:
             self.intervals.load_state_dict(state["intervals"], links)
         self.measures.load_state_dict(state["measures"], self._bad_steps.device)
+        if self.samples is not None:
+            self.samples.load_state_dict(state["samples"])
 
     def bad_steps(self) -> int:
         """Number of steps that were left out; a read."""
@@ -157,6 +169,8 @@ class Pass:
     def log(self) -> dict[str, Tally]:
         """A log point: read the sums and show them."""
         tallies = self.running.read()
+        if self.samples is not None:
+            self.samples.flush()
         self._logged = time.perf_counter()
         if self.show.wants_numbers:
             self.show.update(self.steps, self._logged - self.started, self._shown(tallies))
@@ -182,7 +196,8 @@ class Pass:
         steps = max(steps for (steps,) in group.agree(self.steps))
         closed = [] if self.intervals is None else of_all_ranks(group.gather(self.intervals.all(self.steps)))
         intervals = [(step, in_order(self.objective, part)) for step, part in closed]
-        return PassResult(tallies, logs, measured, steps, time.perf_counter() - self.started, intervals)
+        seconds = time.perf_counter() - self.started
+        return PassResult(tallies, logs, measured, steps, seconds, intervals, self.samples)
 
     def empty(self) -> bool:
         """Whether no rank had a batch."""

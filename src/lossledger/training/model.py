@@ -23,10 +23,11 @@ from lossledger.training.checking import checking
 from lossledger.training.compiled import Compiled, Settings, built, resolved
 from lossledger.training.data import Data, array_data, make_data
 from lossledger.training.fitting import Fitting, evaluated, post
-from lossledger.training.history import History
+from lossledger.training.history import History, as_keras
 from lossledger.training.modes import training
 from lossledger.training.progress import Show
 from lossledger.training.provenance import provenance, recipe
+from lossledger.training.sampling import check_samples, sampling
 from lossledger.training.summary import summary_table
 
 
@@ -186,6 +187,7 @@ class Model:
         checks: str = "warn",
         ignore_checks: Sequence[str] = (),
         ledger_steps: int | None = None,
+        samples: bool = False,
     ) -> History:
         """Train.
 
@@ -217,6 +219,7 @@ class Model:
                 "off". Findings are kept as `ledger.info["findings"]`.
             ignore_checks: codes to leave out, see `docs/checks`.
             ledger_steps: steps whose sums become rows of the ledger with a step, besides the rows of each epoch.
+            samples: keep the loss of every sample by term in every epoch, see `Ledger.samples`.
 
         Returns:
             the history, with the ledger.
@@ -265,6 +268,7 @@ class Model:
                 ema=settings.ema,
                 on_nonfinite=settings.on_nonfinite,
                 ledger_steps=ledger_steps,
+                samples=check_samples(samples) or None,
             ),
             backup.Changing(
                 self._forward,
@@ -310,6 +314,8 @@ class Model:
             stopped=lambda: self.stop_training,
             progress=progress,
             group=group,
+            samples=check_samples(samples),
+            first_held=(data.length or 0) if validation_split else 0,
         )
         params_of_callbacks = {**params, "validation": held is not None, "resumed": found is not None}
         return History(*self._run(fitting, show, params_of_callbacks, average), self.ledger, params)
@@ -349,6 +355,7 @@ class Model:
         mask: Any = None,
         steps: int | None = None,
         return_dict: bool = False,
+        samples: bool = False,
     ) -> Any:
         """The loss and the metrics of data, the same for every batch size.
 
@@ -361,6 +368,7 @@ class Model:
             mask: as in `fit`.
             steps: number of batches, if not all.
             return_dict: return numbers by name.
+            samples: as in `fit`; in `model.ledger.samples`.
 
         Returns:
             the loss, or a list of the loss and the other numbers, or a dict.
@@ -375,11 +383,13 @@ class Model:
         group = self._group()
         sharing.check_shared(group, plan.objective, data)
         with self._show(verbose) as show:
-            result = evaluated(plan, self._compiled().metrics, data, batch_size, steps, show, self._device(), group)
+            kept = sampling(plan.objective, data, group) if check_samples(samples) else None
+            metrics, device = self._compiled().metrics, self._device()
+            result = evaluated(plan, metrics, data, batch_size, steps, show, device, group, kept)
             show.end("evaluate", result.steps, result.seconds, result.logs)
         self.ledger = Ledger("evaluate", provenance(plan, None, batch_size))
-        post(self.ledger, plan.objective, result, "test", 0)
-        return result.logs if return_dict else _as_keras(result.logs)
+        post(self.ledger, plan.objective, result, "test", 0, group)
+        return as_keras(result.logs, return_dict)
 
     @sharing.on_all_ranks
     def predict(self, x: Any, batch_size: int = 32, verbose: Any = 0, steps: int | None = None) -> Any:
@@ -425,7 +435,7 @@ class Model:
         current = self._single(plan.objective)
         with training(self.net):
             result = loop.train_single(plan, data, current, settings.on_nonfinite == "raise")
-        return result.logs if return_dict else _as_keras(result.logs)
+        return as_keras(result.logs, return_dict)
 
     @sharing.on_all_ranks
     def test_on_batch(
@@ -437,7 +447,7 @@ class Model:
         self._built(data)
         plan = self._compiled().plan
         result = loop.evaluate_pass(plan, data, data.length, None, self._single(plan.objective), checked=False)
-        return result.logs if return_dict else _as_keras(result.logs)
+        return as_keras(result.logs, return_dict)
 
     def predict_on_batch(self, x: Any) -> Any:
         """What the model returns for one batch, as NumPy arrays."""
@@ -490,8 +500,3 @@ class Model:
 
     def _single(self, objective: Objective) -> loop.Pass:
         return loop.Pass(objective, self._compiled().metrics, self._device(), Show(0), self._group())
-
-
-def _as_keras(logs: dict[str, float]) -> Any:
-    values = list(logs.values())
-    return values[0] if len(values) == 1 else values
