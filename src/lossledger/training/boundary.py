@@ -182,6 +182,17 @@ def whole(value: Any, name: str, least: int = 1) -> int:
     return int(value)
 
 
+def check_pass(batch_size: Any, steps: Any) -> None:
+    """The counts of a pass over data.
+
+    Raises:
+        InputError: a count that is not a whole number in its range.
+    """
+    whole(batch_size, "batch_size")
+    if steps is not None:
+        whole(steps, "steps")
+
+
 def check_fit(
     batch_size: Any, epochs: Any, accumulate: Any, initial_epoch: Any, validation_freq: Any, run_dir: Any, resume: Any
 ) -> None:

@@ -19,7 +19,7 @@ from lossledger.training.backup import Progress
 from lossledger.training.data import Data, order_of
 from lossledger.training.measure import MetricPlan
 from lossledger.training.progress import Show
-from lossledger.training.sampling import Sampling, numbering
+from lossledger.training.sampling import Numbering, Sampling, numbering
 from lossledger.training.sharing import alone, turns
 from lossledger.training.step import StepPlan
 from lossledger.training.watching import EpochEnd, watchers
@@ -164,10 +164,10 @@ class Fitting:
 
     def _validate(self, data: Data, epoch: int, show: Show) -> loop.PassResult:
         with boundary.about_validation():
-            size, objective = self.options.batch_size, self.frozen_plan.objective
-            samples = Sampling(objective, numbering(data, self.group, self.first_held)) if self.samples else None
+            size = self.options.batch_size
+            samples = numbering(data, self.group, self.first_held) if self.samples else None
             result = evaluated(self.frozen_plan, self.metrics, data, size, None, show, self.device, self.group, samples)
-        post(self.ledger, objective, result, "validation", epoch + 1, self._pooled)
+        post(self.ledger, self.frozen_plan.objective, result, "validation", epoch + 1, self._pooled)
         return result
 
     @property
@@ -185,11 +185,12 @@ def evaluated(
     show: Show,
     device: torch.device,
     group: Group,
-    samples: Sampling | None = None,
+    samples: Numbering | None = None,
 ) -> loop.PassResult:
     """One pass over data while the weights stand still."""
     show.begin("evaluate", data.steps(batch_size) if steps is None else steps)
-    current = loop.Pass(plan.objective, metrics, device, show, group, samples)
+    kept = None if samples is None else Sampling(plan.objective, samples)
+    current = loop.Pass(plan.objective, metrics, device, show, group, samples=kept)
     return loop.evaluate_pass(plan, data, batch_size, steps, current, boundary.checked_at_once(data, device))
 
 

@@ -27,7 +27,7 @@ from lossledger.training.history import History, as_keras
 from lossledger.training.modes import training
 from lossledger.training.progress import Show
 from lossledger.training.provenance import provenance, recipe
-from lossledger.training.sampling import check_samples, sampling
+from lossledger.training.sampling import check_samples, numbering
 from lossledger.training.summary import summary_table
 
 
@@ -268,7 +268,7 @@ class Model:
                 ema=settings.ema,
                 on_nonfinite=settings.on_nonfinite,
                 ledger_steps=ledger_steps,
-                samples=check_samples(samples) or None,
+                samples=samples or None,
             ),
             backup.Changing(
                 self._forward,
@@ -373,9 +373,7 @@ class Model:
         Returns:
             the loss, or a list of the loss and the other numbers, or a dict.
         """
-        boundary.whole(batch_size, "batch_size")
-        if steps is not None:
-            boundary.whole(steps, "steps")
+        boundary.check_pass(batch_size, steps)
         self._require_compiled()
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype()))
         plan = self._compiled().plan
@@ -383,7 +381,7 @@ class Model:
         group = self._group()
         sharing.check_shared(group, plan.objective, data)
         with self._show(verbose) as show:
-            kept = sampling(plan.objective, data, group) if check_samples(samples) else None
+            kept = numbering(data, group, again=False) if check_samples(samples) else None
             metrics, device = self._compiled().metrics, self._device()
             result = evaluated(plan, metrics, data, batch_size, steps, show, device, group, kept)
             show.end("evaluate", result.steps, result.seconds, result.logs)
@@ -403,9 +401,7 @@ class Model:
             verbose: as in `fit`.
             steps: number of batches, if not all.
         """
-        boundary.whole(batch_size, "batch_size")
-        if steps is not None:
-            boundary.whole(steps, "steps")
+        boundary.check_pass(batch_size, steps)
         autocast = None if self._settings is None else self._settings.autocast
         return prediction.predict(
             self.net, self._forward.call, x, batch_size, steps, autocast, self._device(), self._dtype()

@@ -66,11 +66,6 @@ def numbering(data: Data, group: Group, start: int = 0, again: bool = True) -> N
     return Numbering(0, reason)
 
 
-def sampling(objective: Objective, data: Data, group: Group) -> Sampling:
-    """The samples of an evaluation, which passes over its data once."""
-    return Sampling(objective, numbering(data, group, again=False))
-
-
 def _sequential(loader: DataLoader[Any]) -> bool:
     if isinstance(loader.dataset, IterableDataset):
         return True
