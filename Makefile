@@ -44,6 +44,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/ledger.py
+	$(BIN)/python benchmarks/vocabulary.py
 
 # The pages are Markdown; their code blocks are executed by the tests.
 docs: $(VENV)/.dev

@@ -281,6 +281,36 @@ def expect_history(found, expected, tolerance=1e-11):
     assert len(found.ledger.metrics) == len(expected.ledger.metrics)
 
 
+class Hidden(nn.Module):
+    """What goes into its head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(3, 5), nn.Linear(5, 7)
+
+    def forward(self, x):
+        return torch.tanh(self.body(x))
+
+
+@case("plain", "ddp")
+def head_in_the_loss(world, wrapper):
+    """The gradient of a head that only the loss calls is summed over the ranks too."""
+    x = torch.randn(N, 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = torch.randint(7, (N, 2), generator=torch.Generator().manual_seed(2))
+    y[3:9, 0] = -1
+    fits = []
+    for group in (None, world.solo):
+        net = Hidden().double()
+        wrapped = DistributedDataParallel(net) if group is None and wrapper == "ddp" else net
+        model = ll.Model(wrapped, process_group=group)
+        model.compile("sgd", L.LinearCrossentropy(net.head, ignore_class=-1))
+        history = model.fit(x, y, batch_size=7, epochs=2, accumulate=2, seed=5, verbose=0)
+        fits.append((net, history))
+    expect_weights(fits[0][0], fits[1][0], 1e-12)
+    expect_history(fits[0][1], fits[1][1])
+
+
 @case(*itertools.product(["plain", "ddp", "fsdp"], OPTIONS))
 def fit(world, wrapper, option):
     """Weights, history and ledger of one process, with uneven shares, weights, masks, Dice over the batch."""

@@ -60,6 +60,7 @@ from lossledger.losses.functions import (
 from lossledger.losses.generalized import GeneralizedDice
 from lossledger.losses.hinge import CategoricalHinge, Hinge, SquaredHinge
 from lossledger.losses.likelihood import GaussianNegativeLogLikelihood, PoissonNegativeLogLikelihood
+from lossledger.losses.linear import LinearCrossentropy
 from lossledger.losses.loss import Loss
 from lossledger.losses.lovasz import LovaszHinge, LovaszSoftmax
 from lossledger.losses.metric_learning import Circle, SupervisedContrastive, TripletHard, TripletSemiHard
@@ -105,6 +106,7 @@ __all__ = [  # noqa: RUF022 (plain order of characters)
     "InfoNCE",
     "Jaccard",
     "KLDivergence",
+    "LinearCrossentropy",
     "LogCosh",
     "LogCoshDice",
     "Loss",

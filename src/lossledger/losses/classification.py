@@ -303,48 +303,15 @@ class SoftCategoricalCrossentropy(CategoricalCrossentropy):
         return y if batch.column_weight is None else y * batch.column_weight
 
 
-class SparseCategoricalCrossentropy(_CrossEntropy):
-    """Cross-entropy of exclusive classes with integer labels.
-
-    Entry `−log q_y` with `q = clip(p / Σ p, ε, 1 − ε)`; from logits `−log softmax(z)_y`.
-
-    Args:
-        from_logits: `True` when the output is logits, `False` when it has gone through a softmax.
-        ignore_class: a label whose entries are masked: they count nowhere, not in the divisor either.
-        axis: class axis of the output.
-        reduction: see `lossledger.reduction`.
-        name: name of the term.
-        dtype: dtype of the result.
-
-    Shapes: labels `[B, d…]` or `[B, d…, 1]`, output `[B, d…, K]`; entries, weights and masks `[B, d…]`.
-
-    Divides by: unmasked entries whose label is not `ignore_class`.
-
-    Raises:
-        InputError: labels outside 0 … K−1, shapes that do not fit, probabilities outside [0, 1].
-
-    Example:
-        >>> import lossledger as ll
-        >>> ce = ll.losses.SparseCategoricalCrossentropy(ignore_class=-1)
-        >>> round(float(ce([1, -1], [[0.1, 0.9], [0.5, 0.5]])), 4)
-        0.1054
-
-    Source: keras.losses.SparseCategoricalCrossentropy 3.15.
-    """
+class IntegerLabels(_CrossEntropy):
+    """The base of cross-entropies of exclusive classes with integer labels, of which one may be left out."""
 
     classes_are: ClassVar[str | None] = "label"
+    ignore_class: int | None = None
 
-    def __init__(
-        self,
-        from_logits: bool = False,
-        ignore_class: int | None = None,
-        reduction: str | Reduction | None = "sum_over_batch_size",
-        axis: int = -1,
-        name: str | None = "sparse_categorical_crossentropy",
-        dtype: str | torch.dtype | None = None,
-    ) -> None:
-        super().__init__(from_logits, 0.0, axis, name, reduction, dtype)
-        self.ignore_class = ignore_class
+    def _classes(self, y_pred: Tensor) -> int:
+        """Number of classes, of an output with the class axis last."""
+        return y_pred.shape[-1]
 
     def _align(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[Tensor, Tensor]:
         split_shape(y_pred, where)
@@ -390,7 +357,58 @@ class SparseCategoricalCrossentropy(_CrossEntropy):
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         if not self.from_logits:
             check_probabilities(y_pred, where)
-        check_labels(y_true, y_pred.shape[-1], where)
+        check_labels(y_true, self._classes(y_pred), where)
+
+    def _labels(self, batch: Aligned) -> tuple[int, Tensor]:
+        return self._classes(batch.prediction.raw), batch.y_true.long()
+
+    def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
+        classes = self._classes(y_pred)
+        vector = class_vector(class_weight, classes, where=where).to(y_true.device)
+        # A masked or ignored label may be any number; labels that count are checked for their range.
+        return vector[y_true.long().clamp(0, classes - 1)].unsqueeze(-1)
+
+
+class SparseCategoricalCrossentropy(IntegerLabels):
+    """Cross-entropy of exclusive classes with integer labels.
+
+    Entry `−log q_y` with `q = clip(p / Σ p, ε, 1 − ε)`; from logits `−log softmax(z)_y`.
+
+    Args:
+        from_logits: `True` when the output is logits, `False` when it has gone through a softmax.
+        ignore_class: a label whose entries are masked: they count nowhere, not in the divisor either.
+        axis: class axis of the output.
+        reduction: see `lossledger.reduction`.
+        name: name of the term.
+        dtype: dtype of the result.
+
+    Shapes: labels `[B, d…]` or `[B, d…, 1]`, output `[B, d…, K]`; entries, weights and masks `[B, d…]`.
+
+    Divides by: unmasked entries whose label is not `ignore_class`.
+
+    Raises:
+        InputError: labels outside 0 … K−1, shapes that do not fit, probabilities outside [0, 1].
+
+    Example:
+        >>> import lossledger as ll
+        >>> ce = ll.losses.SparseCategoricalCrossentropy(ignore_class=-1)
+        >>> round(float(ce([1, -1], [[0.1, 0.9], [0.5, 0.5]])), 4)
+        0.1054
+
+    Source: keras.losses.SparseCategoricalCrossentropy 3.15.
+    """
+
+    def __init__(
+        self,
+        from_logits: bool = False,
+        ignore_class: int | None = None,
+        reduction: str | Reduction | None = "sum_over_batch_size",
+        axis: int = -1,
+        name: str | None = "sparse_categorical_crossentropy",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__(from_logits, 0.0, axis, name, reduction, dtype)
+        self.ignore_class = ignore_class
 
     def _elements(self, batch: Aligned) -> Tensor:
         labels = batch.y_true.long().unsqueeze(-1)
@@ -408,12 +426,3 @@ class SparseCategoricalCrossentropy(_CrossEntropy):
         gradient = batch.prediction.log_softmax().exp()
         gradient.scatter_add_(-1, batch.y_true.long().unsqueeze(-1), elements.new_full(elements.shape, -1.0))
         return elements, gradient
-
-    def _labels(self, batch: Aligned) -> tuple[int, Tensor]:
-        return batch.prediction.raw.shape[-1], batch.y_true.long()
-
-    def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
-        classes = y_pred.shape[-1]
-        vector = class_vector(class_weight, classes, where=where).to(y_true.device)
-        # A masked or ignored label may be any number; labels that count are checked for their range.
-        return vector[y_true.long().clamp(0, classes - 1)].unsqueeze(-1)
