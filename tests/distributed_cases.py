@@ -234,7 +234,9 @@ def step_by_sample(world):
 
 
 OPTIONS = {
-    "uneven": {},
+    "uneven": {
+        "groups": {"site": [("north", "south", "east")[i % 5 % 3] for i in range(N)], "length": np.arange(N) // 9}
+    },
     "idle": {"batch_size": 11, "accumulate": 1, "ledger_steps": 1},
     "accumulate": {"batch_size": 2, "accumulate": 3, "ledger_steps": 3},
     "tiny": {"batch_size": 1},
@@ -370,6 +372,27 @@ def loaders_of_other_lengths(world, wrapper):
     expected = one.fit(windows, epochs=2, verbose=0, validation_data=[b for part in everything for b in part])
     expect_weights(model.net, one.net)
     expect_history(found, expected)
+
+
+@case()
+def groups_of_other_names(world):
+    """Each rank has samples of its own site and of one that all have; rows are by name, and add up."""
+    x, y = pairs()
+    loss = L.BinaryCrossentropy(**LOGITS) + L.Dice(axis=(0,), from_logits="sigmoid")
+    names = [f"site {world.rank}", "everywhere", f"site {world.rank}"]
+    mine = [ll.Batch(x[a : a + 3], y[a : a + 3], groups={"site": names}) for a in range(0, 3 + 3 * world.rank, 3)]
+    everything = [None] * world.size
+    dist.all_gather_object(everything, mine)
+    model, one = simple(loss=loss), simple(loss=loss, group=world.solo)
+    model.evaluate(mine, verbose=0)
+    one.evaluate([batch for part in everything for batch in part], verbose=0)
+    found = {(row["term"], row["site"]): row for row in model.ledger.table(["term", "site"])}
+    expected = {(row["term"], row["site"]): row for row in one.ledger.table(["term", "site"])}
+    assert set(found) == set(expected)
+    for key, row in expected.items():
+        for name in ("total", "count", "weight", "contribution"):
+            np.testing.assert_allclose(found[key][name], row[name], rtol=1e-11, err_msg=f"{key} {name}")
+    assert not model.ledger.balance()
 
 
 @case()

@@ -23,7 +23,8 @@ class Batch:
         y: targets, in the structure of the outputs; `None` for prediction.
         sample_weight: `[B]` or as the entries, for all outputs or by output.
         mask: as `sample_weight`, bool.
-        groups: integer group ids, `[B]` or one an entry, by which a window can divide its loss (`by="group"`).
+        groups: integer group ids, `[B]` or one an entry, by which a window can divide its loss (`by="group"`); or for
+            `fit` and `evaluate` a dict by kind, such as `{"site": ids}`, of a name or number for each sample.
         ids: `[B]`, which samples of the data set these are, if known.
     """
 

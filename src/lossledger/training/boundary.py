@@ -194,7 +194,14 @@ def check_pass(batch_size: Any, steps: Any) -> None:
 
 
 def check_fit(
-    batch_size: Any, epochs: Any, accumulate: Any, initial_epoch: Any, validation_freq: Any, run_dir: Any, resume: Any
+    batch_size: Any,
+    epochs: Any,
+    accumulate: Any,
+    initial_epoch: Any,
+    validation_freq: Any,
+    run_dir: Any,
+    resume: Any,
+    ledger_steps: Any,
 ) -> None:
     """The counts of `fit`, and its folder.
 
@@ -207,6 +214,8 @@ def check_fit(
     whole(accumulate, "accumulate")
     whole(initial_epoch, "initial_epoch", 0)
     whole(validation_freq, "validation_freq")
+    if ledger_steps is not None:
+        whole(ledger_steps, "ledger_steps")
     if not isinstance(resume, bool):
         raise InputTypeError(f"resume: expected True or False, received {resume!r}.")
     if resume and run_dir is None:

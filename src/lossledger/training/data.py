@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lossledger.batch import Batch, as_batch, holds_arrays, leaves, map_structure, to_tensor
 from lossledger.errors import EmptyDataError, InputError, InputTypeError
+from lossledger.training.named import Names
 from lossledger.weighting import as_mask
 
 
@@ -37,6 +38,8 @@ class ArrayData:
         sample_weight: weights.
         mask: masks.
         length: number of samples.
+        groups: by kind, the number of each sample's group.
+        names: of these groups, if there are any.
     """
 
     x: Any
@@ -44,6 +47,8 @@ class ArrayData:
     sample_weight: Any
     mask: Any
     length: int
+    groups: Any = None
+    names: Names | None = None
 
     def steps(self, batch_size: int) -> int:
         """Number of batches of an epoch."""
@@ -63,6 +68,7 @@ class ArrayData:
             map_structure(take, self.y),
             map_structure(take, self.sample_weight),
             map_structure(take, self.mask),
+            None if self.groups is None else map_structure(take, self.groups),
             ids=ids,
         )
 
@@ -75,6 +81,8 @@ class ArrayData:
             map_structure(take, self.sample_weight),
             map_structure(take, self.mask),
             stop - start,
+            map_structure(take, self.groups),
+            self.names,
         )
 
 
@@ -228,10 +236,12 @@ class IterableData:
     Args:
         source: the iterable.
         dtype: dtype of floating NumPy arrays.
+        names: of the groups that batches carry.
     """
 
     source: Iterable[Any]
     dtype: torch.dtype
+    names: Names = field(default_factory=Names)
 
     @property
     def length(self) -> int | None:
@@ -268,7 +278,11 @@ class IterableData:
     def read(self, items: Iterable[Any], position: int) -> Iterator[Batch]:
         """Batches from items of the source; the first of them is the one at `position`."""
         for offset, item in enumerate(items):
-            yield read_batch(item, self.dtype, position + offset)
+            batch = read_batch(item, self.dtype, position + offset)
+            if isinstance(batch.groups, Mapping):
+                groups = self.names.codes(batch.groups, batch.size, f"batch {position + offset}: ")
+                batch = replace(batch, groups=groups)
+            yield batch
 
 
 Data = ArrayData | IterableData
@@ -290,7 +304,7 @@ def check_kind(x: Any) -> None:
         )
 
 
-def make_data(x: Any, y: Any, sample_weight: Any, mask: Any, dtype: torch.dtype) -> Data:
+def make_data(x: Any, y: Any, sample_weight: Any, mask: Any, dtype: torch.dtype, groups: Any = None) -> Data:
     """Data from what a user passed to `fit` or `evaluate`.
 
     Raises:
@@ -304,12 +318,12 @@ def make_data(x: Any, y: Any, sample_weight: Any, mask: Any, dtype: torch.dtype)
                 "y: expected targets beside the arrays x, received None. Pass y, or a list (not a tuple) of batches "
                 "(x, y)."
             )
-        return array_data(x, y, sample_weight, mask, dtype)
-    for name, value in (("y", y), ("sample_weight", sample_weight), ("mask", mask)):
+        return with_groups(array_data(x, y, sample_weight, mask, dtype), groups)
+    for name, value in (("y", y), ("sample_weight", sample_weight), ("mask", mask), ("groups", groups)):
         if value is not None:
             raise InputError(
                 f"{name}: x is an iterable of batches, which carry their own; received {name} beside it. "
-                "Yield (x, y, sample_weight), or lossledger.Batch(x, y, sample_weight, mask)."
+                "Yield (x, y, sample_weight), or lossledger.Batch(x, y, sample_weight, mask, groups)."
             )
     try:
         if len(x) == 0:  # type: ignore[arg-type]
@@ -317,6 +331,23 @@ def make_data(x: Any, y: Any, sample_weight: Any, mask: Any, dtype: torch.dtype)
     except TypeError:
         pass
     return IterableData(x, dtype)
+
+
+def with_groups(data: ArrayData, groups: Any) -> ArrayData:
+    """The data with named groups of samples.
+
+    Raises:
+        InputTypeError: no dict by kind.
+        InputError: as `Names.codes`.
+    """
+    if groups is None:
+        return data
+    if not isinstance(groups, Mapping):
+        raise InputTypeError(
+            f"groups: expected a dict by kind, such as {{'site': ids}}, received {type(groups).__name__}."
+        )
+    names = Names()
+    return replace(data, groups=names.codes(groups, data.length), names=names)
 
 
 def order_of(length: int, seed: int, epoch: int) -> Tensor:

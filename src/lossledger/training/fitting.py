@@ -14,7 +14,7 @@ from lossledger.errors import NonFiniteError
 from lossledger.ledger import Ledger
 from lossledger.ledger.samples import stacked
 from lossledger.objective import Objective
-from lossledger.training import boundary, loop, measure, posting
+from lossledger.training import boundary, grouping, loop, measure, posting
 from lossledger.training.backup import Progress
 from lossledger.training.data import Data, order_of
 from lossledger.training.measure import MetricPlan
@@ -141,7 +141,9 @@ class Fitting:
         steps = self.data.steps(options.batch_size) if options.steps is None else options.steps
         show.begin(self._title(epoch), boundary.updates_of(steps, options.accumulate))
         samples = Sampling(self.plan.objective, numbering(self.data, self.group)) if self.samples else None
-        current = loop.Pass(self.plan.objective, self.metrics, self.device, show, self.group, options.every, samples)
+        current = loop.Pass(
+            self.plan.objective, self.metrics, self.device, show, self.group, options.every, samples, self.data.names
+        )
         length = self.data.length
         order = order_of(length, self.seed, epoch) if length is not None and self.shuffled else None
         if backup is None and self.group.size > 1:
@@ -190,7 +192,7 @@ def evaluated(
     """One pass over data while the weights stand still."""
     show.begin("evaluate", data.steps(batch_size) if steps is None else steps)
     kept = None if samples is None else Sampling(plan.objective, samples)
-    current = loop.Pass(plan.objective, metrics, device, show, group, samples=kept)
+    current = loop.Pass(plan.objective, metrics, device, show, group, samples=kept, names=data.names)
     return loop.evaluate_pass(plan, data, batch_size, steps, current, boundary.checked_at_once(data, device))
 
 
@@ -207,6 +209,9 @@ def post(
         found = result.samples.columns(result.tallies, split, epoch)
         ledger.append_samples(found if pooled is None else stacked(pooled.gather(found)))
     ledger.append(
-        posting.rows(objective, result.tallies, split, epoch),
+        [
+            *posting.rows(objective, result.tallies, split, epoch),
+            *grouping.rows(objective, result.tallies, result.groups, split, epoch),
+        ],
         measure.metric_rows(objective, result.metrics, split, epoch),
     )

@@ -18,14 +18,16 @@ from lossledger.errors import EmptyDataError, LossledgerError, NonFiniteError
 from lossledger.forward import run_forward
 from lossledger.objective import Objective
 from lossledger.tally import Tally
-from lossledger.training import posting
+from lossledger.training import grouping, posting
 from lossledger.training.callback import Callback, overrides
 from lossledger.training.checking import Checking
 from lossledger.training.data import Data
 from lossledger.training.gate import bad_elements
+from lossledger.training.grouping import Grouping, GroupSums
 from lossledger.training.intervals import Closed, Intervals, of_all_ranks
 from lossledger.training.measure import Measures, MetricPlan
 from lossledger.training.modes import evaluating
+from lossledger.training.named import Names
 from lossledger.training.progress import Show
 from lossledger.training.running import Running
 from lossledger.training.sampling import Sampling
@@ -55,6 +57,7 @@ class PassResult:
         seconds: duration.
         intervals: the tallies of parts of the pass by their last step, if they were asked for.
         samples: what each sample told, where that is kept.
+        groups: the sums by named group.
     """
 
     tallies: dict[str, Tally]
@@ -64,6 +67,7 @@ class PassResult:
     seconds: float
     intervals: Closed = field(default_factory=list)
     samples: Sampling | None = None
+    groups: list[GroupSums] = field(default_factory=list)
 
 
 class Pass:
@@ -77,6 +81,7 @@ class Pass:
         group: the ranks whose sums a log point adds up.
         every: steps of an interval whose sums are kept by themselves, if any.
         samples: takes what each sample tells, if that is kept.
+        names: of the groups of the data, if there may be any.
     """
 
     def __init__(
@@ -88,12 +93,14 @@ class Pass:
         group: Group = ALONE,
         every: int | None = None,
         samples: Sampling | None = None,
+        names: Names | None = None,
     ) -> None:
         self.objective = objective
         self.group = group
         self.samples = samples
         self.running = Running(device)
         self.intervals = None if every is None else Intervals(every, device)
+        self.grouping = None if names is None else Grouping(objective, names)
         self.measures = Measures(objective, plans)
         self._measured = bool(plans)
         self._differs: Tensor | None = None
@@ -105,9 +112,11 @@ class Pass:
 
     @property
     def observe(self) -> Observe | None:
-        """Takes each batch of a step for metrics and samples, before the step is added; `None` without both."""
-        measure = self.measures.collect if self._measured else None
-        return measure if self.samples is None else self.samples.observing(measure)
+        """Takes each batch of a step for metrics, samples and groups, before the step is added; `None` without any."""
+        found: Observe | None = self.measures.collect if self._measured else None
+        if self.samples is not None:
+            found = self.samples.observing(found)
+        return found if self.grouping is None else self.grouping.observing(found)
 
     def add(self, tallies: dict[str, Tally], done: StepResult | None = None, skip: bool = False) -> None:
         """Add a step; nothing is read.
@@ -125,6 +134,8 @@ class Pass:
         self.measures.add(bad if skip else None)
         if self.samples is not None:
             self.samples.add(bad if skip else None)
+        if self.grouping is not None:
+            self.grouping.add(bad if skip else None)
         self._last = tallies
         if bad is not None:
             self._bad_steps += bad
@@ -135,7 +146,8 @@ class Pass:
         """How far the pass is."""
         intervals = None if self.intervals is None else self.intervals.state_dict()
         sums = {"running": self.running.state_dict(), "intervals": intervals}
-        state = {"steps": self.steps, **sums, "measures": self.measures.state_dict()}
+        groups = None if self.grouping is None else self.grouping.state_dict()
+        state = {"steps": self.steps, **sums, "measures": self.measures.state_dict(), "groups": groups}
         return state if self.samples is None else {**state, "samples": self.samples.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -145,6 +157,8 @@ class Pass:
         self.running.load_state_dict(state["running"], links)
         if self.intervals is not None:
             self.intervals.load_state_dict(state["intervals"], links)
+        if self.grouping is not None:
+            self.grouping.load_state_dict(state["groups"], self._bad_steps.device)
         self.measures.load_state_dict(state["measures"], self._bad_steps.device)
         if self.samples is not None:
             self.samples.load_state_dict(state["samples"])
@@ -196,8 +210,9 @@ class Pass:
         steps = max(steps for (steps,) in group.agree(self.steps))
         closed = [] if self.intervals is None else of_all_ranks(group.gather(self.intervals.all(self.steps)))
         intervals = [(step, in_order(self.objective, part)) for step, part in closed]
+        sums = [] if self.grouping is None else grouping.of_all_ranks(group.gather(self.grouping.read()))
         seconds = time.perf_counter() - self.started
-        return PassResult(tallies, logs, measured, steps, seconds, intervals, self.samples)
+        return PassResult(tallies, logs, measured, steps, seconds, intervals, self.samples, sums)
 
     def empty(self) -> bool:
         """Whether no rank had a batch."""

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lossledger.distributed import Group, joined, together, unwrapped
+from lossledger.distributed import unwrapped
 from lossledger.errors import InputError, NonFiniteError
 from lossledger.forward import Recipe
 from lossledger.integrations import compiled_arguments, forward_of
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
 from lossledger.objective import plan as planning
-from lossledger.training import backup, boundary, loop, prediction, sharing, weights
+from lossledger.training import backup, boundary, loop, prediction, sharing
 from lossledger.training.average import Average
 from lossledger.training.callbacks import as_callbacks
 from lossledger.training.checking import checking
@@ -25,13 +25,13 @@ from lossledger.training.data import Data, array_data, make_data
 from lossledger.training.fitting import Fitting, evaluated, post
 from lossledger.training.history import History, as_keras
 from lossledger.training.modes import training
+from lossledger.training.placed import Placed
 from lossledger.training.progress import Show
 from lossledger.training.provenance import provenance, recipe
 from lossledger.training.sampling import check_samples, numbering
-from lossledger.training.summary import summary_table
 
 
-class Model:
+class Model(Placed):
     """A torch module with Keras's training methods, and a ledger of what each loss is made of.
 
     Args:
@@ -55,9 +55,8 @@ class Model:
     """
 
     def __init__(self, net: nn.Module, output_names: Sequence[str] | None = None, process_group: Any = None) -> None:
-        self.net = net = unwrapped(net)
-        self._process_group = process_group
-        self._forward = forward_of(net)
+        net = unwrapped(net)
+        super().__init__(net, forward_of(net), process_group)
         self.stop_training = False
         self.ledger: Ledger | None = None
         self._output_names = output_names
@@ -178,6 +177,7 @@ class Model:
         class_weight: Any = None,
         sample_weight: Any = None,
         mask: Any = None,
+        groups: Mapping[str, Any] | None = None,
         initial_epoch: int = 0,
         steps_per_epoch: int | None = None,
         validation_freq: int = 1,
@@ -207,6 +207,7 @@ class Model:
             class_weight: by class index or name; by output, then class, where there are several. Not for validation.
             sample_weight: `[B]` or one an entry.
             mask: `[B]` or one an entry, True where it counts.
+            groups: by kind, as `{"site": ids}`, each sample's group, by which the ledger divides every term too.
             initial_epoch: where to start counting.
             steps_per_epoch: batches of an epoch. Each epoch starts over at the first batch: with `shuffle=False` later
                 ones are never seen. Only a generator goes on where it was.
@@ -228,11 +229,11 @@ class Model:
             CheckpointError: a run that cannot be resumed: damaged, of another recipe, or on data that cannot go on.
         """
         group, written = self._group(), run_dir if self.writes else None
-        boundary.check_fit(batch_size, epochs, accumulate, initial_epoch, validation_freq, written, resume)
-        if ledger_steps is not None:
-            boundary.whole(ledger_steps, "ledger_steps")
+        boundary.check_fit(
+            batch_size, epochs, accumulate, initial_epoch, validation_freq, written, resume, ledger_steps
+        )
         settings = self._require_compiled()
-        data = self._built(make_data(x, y, sample_weight, mask, self._dtype()))
+        data = self._built(make_data(x, y, sample_weight, mask, self._dtype(), groups))
         compiled = self._compiled()
         plan = compiled.weighted(class_weight)
         data, held = boundary.validation(data, validation_split, validation_data, self._dtype())
@@ -356,6 +357,7 @@ class Model:
         steps: int | None = None,
         return_dict: bool = False,
         samples: bool = False,
+        groups: Mapping[str, Any] | None = None,
     ) -> Any:
         """The loss and the metrics of data, the same for every batch size.
 
@@ -369,13 +371,14 @@ class Model:
             steps: number of batches, if not all.
             return_dict: return numbers by name.
             samples: as in `fit`; in `model.ledger.samples`.
+            groups: as in `fit`.
 
         Returns:
             the loss, or a list of the loss and the other numbers, or a dict.
         """
         boundary.check_pass(batch_size, steps)
         self._require_compiled()
-        data = self._built(make_data(x, y, sample_weight, mask, self._dtype()))
+        data = self._built(make_data(x, y, sample_weight, mask, self._dtype(), groups))
         plan = self._compiled().plan
         boundary.check_targets(plan, data, self._device())
         group = self._group()
@@ -450,49 +453,7 @@ class Model:
         data = array_data(x, dtype=self._dtype())
         return self.predict(data.x, batch_size=data.length)
 
-    # --- weights and summary -----------------------------------------------------------------------------------
-
-    def save_weights(self, path: str | Path) -> None:
-        """Write the weights and buffers as safetensors, to a temporary file first, so that no half file is left.
-
-        Args:
-            path: path of the file, which rank 0 replaces once the new one is complete; all ranks call.
-        """
-        state = weights.whole(self._forward)
-        together(self._group(), lambda: weights.save(state, path) if self.writes else None)
-
-    def load_weights(self, path: str | Path) -> None:
-        """Read weights that `save_weights` wrote.
-
-        Raises:
-            InputError: no such file, or weights of another model.
-        """
-        weights.load(self._forward, path)
-
-    def summary(self, print_fn: Any = None) -> None:
-        """Print the modules with parameters, their shapes and sizes."""
-        (print if print_fn is None else print_fn)(self._forward.summary() or summary_table(self._forward))
-
     # --- inside ------------------------------------------------------------------------------------------------
-
-    def _dtype(self) -> torch.dtype:
-        """The dtype that floating NumPy arrays take: that of the parameters."""
-        return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), torch.get_default_dtype())
-
-    def _device(self) -> torch.device:
-        return next((p.device for p in self.net.parameters()), torch.device("cpu"))
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes files: rank 0 does, where several share the data."""
-        return self._group().rank == 0
-
-    def _group(self) -> Group:
-        return joined(self._process_group, self._device())
-
-    def _show(self, verbose: Any) -> Show:
-        """The progress display: one for all ranks."""
-        return Show(verbose if self.writes else 0)
 
     def _single(self, objective: Objective) -> loop.Pass:
         return loop.Pass(objective, self._compiled().metrics, self._device(), Show(0), self._group())

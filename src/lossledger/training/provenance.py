@@ -75,7 +75,8 @@ def _described(data: Data | None) -> Any:
         return {"batches": data.steps(1)}
     parts = {"x": data.x, "y": data.y, "sample_weight": data.sample_weight, "mask": data.mask}
     shapes = {name: [f"{a.dtype} {tuple(a.shape[1:])}" for a in leaves(part)] for name, part in parts.items()}
-    return {"samples": data.length, **shapes}
+    kinds = {"groups": sorted(data.groups)} if data.groups else {}
+    return {"samples": data.length, **shapes, **kinds}
 
 
 def differences(run: Any, call: Any, where: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Whether a loss may be called a second time, which a probe does: not when it remembers, draws numbers or talks to other ranks."""
+"""Whether a loss may be called a second time: not when it remembers, draws numbers or talks to other ranks."""
 
 from __future__ import annotations
 

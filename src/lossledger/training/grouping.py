@@ -1,0 +1,202 @@
+"""How the terms of a pass divide over named groups: sums by group on the device, one `index_add_` a kind and term.
+
+Each sample brings its share of numerator, total, count and weight to a term, for a ratio to each of its cells; what the
+samples of a group bring adds up, over batches, windows and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lossledger.batch import Batch
+from lossledger.errors import InputError
+from lossledger.ledger import Row
+from lossledger.objective import Objective
+from lossledger.tally import Groups, Tally
+from lossledger.training import posting
+from lossledger.training.named import Names
+from lossledger.training.step import Observe
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupSums:
+    """What the groups of one kind bring to one term, on the host.
+
+    Args:
+        kind: what the groups are.
+        term: name of the term.
+        names: of the groups.
+        sums: `[4, groups, cells]`: numerator, total, count and weight.
+        cells: whether each cell has a divisor of its own.
+    """
+
+    kind: str
+    term: str
+    names: tuple[str, ...]
+    sums: NDArray[np.float64]
+    cells: bool
+
+
+class Grouping:
+    """The sums by group of one pass; nothing is read before its end.
+
+    Args:
+        objective: knows the terms.
+        names: the groups of the data.
+    """
+
+    def __init__(self, objective: Objective, names: Names) -> None:
+        self._objective, self._names = objective, names
+        self._kinds: tuple[str, ...] | None = None
+        self._step: list[tuple[Mapping[str, Tensor], dict[str, Tensor]]] = []
+        self._sums: dict[tuple[str, str], Tensor] = {}
+        self._cells: dict[str, bool] = {}
+
+    def observing(self, other: Observe | None) -> Observe:
+        """Takes each batch of a step, beside another that looks at it."""
+        if other is None:
+            return self.collect
+
+        def both(batch: Batch, outputs: Any) -> None:
+            other(batch, outputs)
+            self.collect(batch, outputs)
+
+        return both
+
+    def collect(self, batch: Batch, outputs: Any) -> None:
+        """Take a batch of the current step; it counts when the step is added.
+
+        Raises:
+            InputError: other kinds of groups than before, or a loss that cannot be divided by sample.
+        """
+        codes = batch.groups if isinstance(batch.groups, Mapping) else {}
+        kinds = tuple(sorted(codes))
+        if self._kinds is None:
+            self._kinds = kinds
+        if kinds != self._kinds:
+            raise InputError(
+                f"groups: expected the kinds {list(self._kinds)} in every batch, as in the first; received "
+                f"{list(kinds)}. Give each batch the same kinds of groups."
+            )
+        if codes:
+            self._step.append((codes, self._by_sample(batch, outputs)))
+
+    def _by_sample(self, batch: Batch, outputs: Any) -> dict[str, Tensor]:
+        """`[4, B, cells]` of each data term."""
+        objective, found = self._objective, {}
+        with torch.no_grad():
+            aligned, _, size = objective.align(batch.y, outputs, batch.sample_weight, batch.mask, checked=True)
+            for plan, one in zip(objective.terms, aligned, strict=True):
+                rows = plan.loss.tally_aligned(one, "sample").groups
+                assert rows is not None
+                self._cells[plan.name] = rows.cell is not None
+                sums = (rows.numerator, rows.total, rows.count, rows.weight)
+                found[plan.name] = torch.stack([column.double() for column in sums]).reshape(4, size, -1)
+        return found
+
+    def add(self, bad: Tensor | None = None) -> None:
+        """Add the step whose batches were collected; of one that was left out, as `bad` says, nothing counts."""
+        for codes, rows in self._step:
+            for term, values in rows.items():
+                kept = values if bad is None else torch.where(bad, torch.zeros_like(values), values)
+                for kind, index in codes.items():
+                    self._room(kind, term, kept).index_add_(1, index.to(kept.device), kept)
+        self._step = []
+
+    def _room(self, kind: str, term: str, like: Tensor) -> Tensor:
+        """The sums of a kind, with room for every group that was met."""
+        size, known = self._names.number(kind), self._sums.get((kind, term))
+        if known is None or known.shape[1] < size:
+            wide = like.new_zeros(4, size, like.shape[2])
+            if known is not None:
+                wide[:, : known.shape[1]] = known
+            self._sums[kind, term] = known = wide
+        return known
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, and the names."""
+        return {
+            "kinds": self._kinds,
+            "cells": self._cells,
+            "sums": list(self._sums.items()),
+            "names": self._names.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what `state_dict` told."""
+        self._kinds, self._cells = state["kinds"], dict(state["cells"])
+        self._sums = {key: sums.to(device, copy=True) for key, sums in state["sums"]}
+        self._names.load_state_dict(state["names"])
+
+    def read(self) -> list[GroupSums]:
+        """The sums of this process, on the host."""
+        found = []
+        for (kind, term), sums in self._sums.items():
+            names = self._names.of(kind)[: sums.shape[1]]
+            found.append(GroupSums(kind, term, names, sums.cpu().numpy(), self._cells[term]))
+        return found
+
+
+def of_all_ranks(parts: Iterable[list[GroupSums]]) -> list[GroupSums]:
+    """The sums of all ranks, added up by the names of their groups."""
+    found: dict[tuple[str, str], GroupSums] = {}
+    for part in (one for rank in parts for one in rank):
+        known = found.get((part.kind, part.term))
+        found[part.kind, part.term] = part if known is None else _joined(known, part)
+    return list(found.values())
+
+
+def _joined(a: GroupSums, b: GroupSums) -> GroupSums:
+    names = {name: place for place, name in enumerate(dict.fromkeys((*a.names, *b.names)))}
+    sums = np.zeros((4, len(names), a.sums.shape[2]))
+    for part in (a, b):
+        sums[:, [names[name] for name in part.names]] += part.sums
+    return replace(a, names=tuple(names), sums=sums)
+
+
+def rows(
+    objective: Objective, tallies: Mapping[str, Tally], groups: Iterable[GroupSums], split: str, epoch: int
+) -> Iterator[Row]:
+    """The ledger rows of named groups: what each brings to its terms.
+
+    Args:
+        objective: names the terms.
+        tallies: of the whole pass: what divides.
+        groups: the sums by group.
+        split: for the rows.
+        epoch: for the rows.
+    """
+    for one in groups:
+        cells = one.sums.shape[2]
+        keys = tuple((name, f"cell {cell}" if one.cells else "") for name in one.names for cell in range(cells))
+        numerator, total, count, weight = one.sums.reshape(4, -1)
+        divided = Groups(
+            one.kind, keys, numerator, total, count, weight, tuple(range(cells)) * len(one.names) if one.cells else None
+        )
+        tally = replace(tallies[one.term], groups=divided)
+        found = [row for row in posting.rows(objective, {one.term: tally}, split, epoch) if row.kind != "term"]
+        for _, parts in groupby(found, key=lambda row: row.group):
+            yield _added(list(parts))
+
+
+def _added(parts: list[Row]) -> Row:
+    """One row for a group of which each cell of a ratio has a part."""
+    if len(parts) == 1:
+        return replace(parts[0], presence="")
+    return replace(
+        parts[0],
+        presence="",
+        total=sum(part.total for part in parts),
+        count=sum(part.count for part in parts),
+        weight=sum(part.weight for part in parts),
+        divisor=sum(part.divisor for part in parts),
+        contribution=sum(part.contribution for part in parts),
+    )
