@@ -72,3 +72,20 @@ def test_the_demo_shows_its_effect(tmp_path):
     assert metric(ledger, "1-plain", "digit 4") < 0.2 < 0.35 < metric(ledger, "2-weighted", "digit 4")
     for run in ledger.runs:
         assert all(metric(ledger, run, f"digit {d}") > 0.55 for d in range(4))
+
+
+def test_the_report_command_prints_every_form(tmp_path):
+    import lossledger as ll
+
+    x = np.random.default_rng(0).random((20, 2))
+    for name, epochs in (("a", 1), ("b", 2)):
+        model = ll.Model(__import__("torch").nn.Linear(2, 3))
+        model.compile(loss=ll.losses.BinaryCrossentropy(from_logits=True), class_names=["p", "q", "r"])
+        model.fit(x, (x @ np.ones((2, 3)) > 1).astype(float), epochs=epochs, verbose=0, run_dir=tmp_path / name)
+    command = ["report", str(tmp_path / "b"), "--against", str(tmp_path / "a")]
+    said = {form: CliRunner().invoke(main, [*command, f"--{form}"]).output for form in ("text", "markdown", "json")}
+    assert "Difference from a" in said["text"] and max(map(len, said["text"].splitlines())) <= 80
+    assert said["markdown"].startswith("# Loss report: b, a\n") and "| class |" in said["markdown"]
+    assert json.loads(said["json"])["runs"][0]["against"]["diff"]["rows"]
+    printed = CliRunner().invoke(main, ["diff", str(tmp_path / "a"), str(tmp_path / "b")]).output
+    assert "mix" in printed and max(map(len, printed.splitlines())) <= 80

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import doctest
+import hashlib
+import html
 import importlib
 import json
 import math
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,10 +27,10 @@ from hypothesis import strategies as st
 from lossledger.errors import InputError, LedgerError
 from lossledger.ledger import Ledger, MetricRow, Row
 from lossledger.ledger.table import cell_width
-from lossledger.report import as_markdown, as_text, build_view, display, report
-from lossledger.report.charts import MOST_POINTS, curve_specification, curves
+from lossledger.report import as_json, as_markdown, as_text, build_view, display, report
+from lossledger.report.charts import MOST_POINTS, curve_specification, curves, runtime
 from lossledger.report.html import MOST_PICTURE_BYTES, load_pictures, render
-from lossledger.report.text import comparison_cells
+from lossledger.report.text import against_cells, comparison_cells
 from lossledger.report.view import Comparison
 
 CLASSES = ("road", "building", "tree", "car", "sign")
@@ -277,7 +281,99 @@ def test_comparison_of_runs() -> None:
     assert [line[-1] for line in cells[1]] == ["0", "–"]
     assert by_title["Contribution to the loss"]["dice"][0] is None
     assert "different losses" in view.note
+    refused = view.runs[0].against
+    assert refused is not None and refused.diff is None and "recipe: binary_crossentropy + 0.5 dice" in refused.refused
     assert build_view(fake("a"), against=fake("b")).note == ""
+
+
+def test_the_difference_from_another_run() -> None:
+    before, after = fake("before"), fake("after")
+    later = Ledger("after", dict(after.info))
+    better = [
+        replace(r, total=r.total / 2, contribution=r.contribution / 2) if r.group == "sign" else r for r in after.rows
+    ]
+    later.append(better)
+    view = build_view(later, against=before)
+    run, other = view.runs
+    assert other.against is None and run.against is not None and run.against.other == "before"
+    diff = run.against.diff
+    assert diff is not None and diff.before == before.loss("validation")
+    heads, lines = against_cells(diff)
+    assert heads[0] == "group" and lines[0][0] == "sign present" and lines[0][-2] == "0"
+    assert math.fsum(row.difference for row in diff.rows) == pytest.approx(diff.mix + diff.rate)
+    page, said = render(view), as_text(view)
+    assert 'data-tab="Difference"' in page and "is rate" in Page(page).text
+    assert "Difference from before" in said and max(map(cell_width, said.splitlines())) <= 80
+    assert "sign present" in as_markdown(view)
+    numbers = json.loads(as_json(view))["runs"][0]["against"]["diff"]
+    assert numbers["rate"] == diff.rate and len(numbers["rows"]) == len(diff.rows)
+
+
+def test_json_says_what_the_page_says() -> None:
+    view = build_view(fake(dice=0.5, weight=3.0))
+    found = json.loads(as_json(view))
+    (run,) = found["runs"]
+    assert found["schema"] == 1 and run["verdict"]["loss"] == view.runs[0].verdict.loss
+    shares = [term["share"] for output in run["outputs"] for term in output["terms"]]
+    assert math.fsum(shares) == pytest.approx(1)
+    sign = run["tables"][0]["rows"][-1]
+    assert sign["metrics"] == {"iou": pytest.approx(0.31)} and len(sign["trend"]) == 3
+    assert run["provenance"]["seed"] == "7" and run["sentences"][0].startswith("Validation loss")
+    broken = Ledger("broken")
+    key = ("training", 1, None, "mse", "data", "linear", "term", "", "")
+    broken.append([Row(*key, math.nan, 4, 4.0, 1.0, 4.0, math.nan, 4)])
+    assert json.loads(as_json(build_view(broken)))["runs"][0]["verdict"]["loss"] == "nan"
+
+
+def test_classes_show_their_trend() -> None:
+    rows = build_view(fake()).runs[0].tables[0].rows
+    road = rows[0]
+    assert [epoch for epoch, _ in road.trend] == [1, 2, 3]
+    assert [value for _, value in road.trend] == pytest.approx([0.09 * 1.12 * s for s in (1.0, 0.62, 0.45)])
+    assert road.change == pytest.approx(-0.55) and rows[-1].change == pytest.approx(0)
+    page = render(build_view(fake()))
+    assert page.count('class="spark"') == len(rows) and "−55.0 %" in page
+
+
+def test_terms_stand_under_their_outputs() -> None:
+    ledger = Ledger("outputs")
+    for term, share in (("mask/bce", 0.5), ("mask/dice", 0.25), ("label/cce", 0.25)):
+        key = ("validation", 1, None, term, "data", "linear")
+        ledger.append([Row(*key, "term", "", "", 8 * share, 8, 8.0, 1.0, 8.0, share, 0)])
+    (run,) = build_view(ledger).runs
+    assert [(o.name, o.contribution, len(o.terms)) for o in run.outputs] == [("mask", 0.75, 2), ("label", 0.25, 1)]
+    assert "Output mask adds 0.750 , 75.0 % of the loss" in Page(render(build_view(ledger))).text
+    assert "all of mask" in as_text(build_view(ledger))
+
+
+def test_provenance_names_recipe_divisor_and_what_was_counted() -> None:
+    ledger = fake()
+    recipe = {"bce": {"loss": "Bce()", "weight": 0.5}}
+    ledger.info.update(recipe=recipe, divisors={"bce": "sum_over_batch_size"})
+    ledger.info["findings"] = [
+        {"code": "CLS2", "severity": "warning", "message": "hides.", "remedy": "Look."},
+        "not a finding",
+    ]
+    view = build_view(ledger)
+    facts = dict(view.runs[0].provenance)
+    assert facts["recipe of bce"] == "0.5 × Bce()" and facts["divisor of bce"] == "sum_over_batch_size"
+    assert facts["entries of binary_crossentropy, validation"].startswith(
+        "1,200,000 not masked, all finite; divided by"
+    )
+    for said in (Page(render(view)).text, " ".join(as_text(view).split())):
+        assert "CLS2 warning" in said and "hides. Look." in said and "versions: torch" in said
+    assert "The checks found 1 thing" in Page(render(view)).text
+
+
+def test_a_page_too_large_leaves_out_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = build_view(fake(steps=40))
+    full = len(render(view))
+    monkeypatch.setattr("lossledger.report.html.MOST_BYTES", full - 1)
+    small = render(view)
+    assert len(small) < full and "application/json" not in small and '<figure class="chart">' in small
+    monkeypatch.setattr("lossledger.report.html.MOST_BYTES", 1)
+    least = render(view)
+    assert len(least) < len(small) and "Class sign is present" in Page(least).text
 
 
 def test_a_run_without_an_epoch_has_no_report() -> None:
@@ -293,6 +389,7 @@ def test_curves_keep_every_spike() -> None:
     (curve,) = curves(rows, ())
     points = curve.series[0].points
     assert len(points) <= MOST_POINTS and (3333, 99.0) in points
+    assert points[0] == (1, 1.0) and points[-1] == (10_000, 1.0)
     assert list(points) == sorted(points)
 
 
@@ -306,19 +403,35 @@ def test_lines_with_long_names_stay_apart() -> None:
 def test_page_is_one_harmless_file(page: str) -> None:
     parsed = Page(page)
     assert parsed.open == []
-    assert "script" not in parsed.tags and "link" not in parsed.tags and parsed.handlers == []
+    assert "link" not in parsed.tags and parsed.handlers == []
     assert parsed.addresses and all(address.startswith("data:image/png;base64,") for address in parsed.addresses)
-    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*|http-equiv", "", page)
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*|http-equiv", "", page.replace(runtime(), ""))
     assert len(page.encode()) <= 2_000_000
-    assert parsed.tags.count("img") == 9 and parsed.tags.count("svg") >= 8
+    # The specification of every chart, what draws them, and the script of the page.
+    charts = page.count('<figure class="chart">')
+    assert charts >= 8 and parsed.tags.count("script") == charts + 2
+    assert parsed.tags.count("img") == 9 and parsed.tags.count("svg") >= charts
     assert "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_only_the_scripts_of_the_library_run(page: str) -> None:
+    policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1])
+    assert policy.startswith("default-src 'none'; ") and "script-src 'sha256-" in policy
+    assert "unsafe-inline" not in policy.split("script-src")[1]
+    said = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in said]
+    assert len(said) == 2 and re.findall(r"'sha256-([^']*)'", policy) == digests
+    # A page without charts needs no more than its own script.
+    ledger = Ledger("short")
+    ledger.append(fake().rows[:1])
+    assert "unsafe-eval" not in render(build_view(ledger)) and len(render(build_view(ledger))) < 60_000
 
 
 def test_page_says_it_without_scripts(page: str) -> None:
     words = Page(page).text
     for said in ("0.02309", "Class sign is present in 0.20 %", "The books balance", "lr=0.1 [dice]", "sample 37"):
         assert said in words
-    assert re.search(r"sign 0\.20 % 13\.2 % 0\.0152 4\.60 0\.0600", words)
+    assert re.search(r"sign 0\.20 % 13\.2 % 0\.0152 4\.60 0 % 0\.0600", words)
     assert "torch" in words and "avg. weight" in words
 
 
@@ -332,7 +445,9 @@ def test_hostile_names_do_no_harm(tmp_path: Path) -> None:
     page = report(folder, tmp_path / "r.html").read_text(encoding="utf-8")
     parsed = Page(page)
     assert parsed.open == [] and parsed.handlers == []
-    assert "script" not in parsed.tags and "\x1b" not in page
+    assert parsed.tags.count("script") == page.count('<figure class="chart">') + 2 and "\x1b" not in page
+    for specification in re.findall(r'<script type="application/json">(.*?)</script>', page, flags=re.DOTALL):
+        assert json.loads(specification)["data"]["values"] and not set("<>&") & set(specification)
     assert parsed.tags.count("b") == 3 and parsed.tags.count("img") == 1
     assert '</script><b>"x"</b>' in parsed.text and "{{7*7}}" in parsed.text
     for said in (as_text(build_view(ledger)), as_markdown(build_view(ledger))):
@@ -342,9 +457,9 @@ def test_hostile_names_do_no_harm(tmp_path: Path) -> None:
 
 def test_pictures_are_few_and_small(tmp_path: Path) -> None:
     large = png(400, 400, noise=True)
-    folder = save_with_pictures(fake(), tmp_path / "run", number=20, data=large)
+    folder = save_with_pictures(fake(), tmp_path / "run", number=30, data=large)
     pictures = load_pictures(folder)
-    assert 0 < len(pictures) <= 12
+    assert 0 < len(pictures) <= 24
     assert sum(len(picture.data) for picture in pictures) <= MOST_PICTURE_BYTES
     assert report(folder, tmp_path / "r.html").stat().st_size <= 2_000_000
 
@@ -430,7 +545,7 @@ def test_shares_are_never_rounded_to_nothing_or_everything(share: float) -> None
     assert (abs(read) == 1) == (abs(abs(share) - 1) <= 1e-11)
 
 
-@pytest.mark.parametrize("module", ["text", "numbers", "charts", "html", "view"])
+@pytest.mark.parametrize("module", ["text", "numbers", "charts", "html", "view", "shares", "origin", "plain"])
 def test_examples_in_the_docstrings(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"lossledger.report.{module}")).failed == 0
 

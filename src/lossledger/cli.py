@@ -64,17 +64,23 @@ def demo(scenes: int, size: int, epochs: int, seed: int, weighting: str, folder:
 @click.option(
     "--output", type=click.Path(path_type=Path), default=None, help="Path of the HTML; in the run if not given."
 )
-@click.option("--text", "as_plain", is_flag=True, help="Print to the terminal instead.")
-def report(run: Path, output: Path | None, as_plain: bool) -> None:
+@click.option(
+    "--against", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A run to say the difference from."
+)
+@click.option("--text", "form", flag_value="text", help="Print to the terminal instead.")
+@click.option("--markdown", "form", flag_value="markdown", help="Print Markdown instead.")
+@click.option("--json", "form", flag_value="json", help="Print JSON instead.")
+def report(run: Path, output: Path | None, against: Path | None, form: str | None) -> None:
     """Write the report of RUN, a run folder or a folder of runs."""
-    from lossledger.ledger import Ledger
-    from lossledger.report import as_text, build_view
-    from lossledger.report import report as write
+    from lossledger.report import as_json, as_markdown, as_text
+    from lossledger.report.html import report as write
+    from lossledger.report.html import view_of
 
-    if as_plain:
-        click.echo(as_text(build_view(Ledger.open(run))))
+    if form is None:
+        click.echo(write(run, output or run / "report.html", against))
     else:
-        click.echo(write(run, output or run / "report.html"))
+        said = {"text": as_text, "markdown": as_markdown, "json": as_json}[form](view_of(run, against))
+        click.echo(said, nl=not said.endswith("\n"))
 
 
 @main.command()

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lossledger.errors import InputError
-from lossledger.ledger.table import aligned, exact_sum, significant
+from lossledger.ledger.table import aligned, cell_width, exact_sum, significant
 
 if TYPE_CHECKING:
     import pandas
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 RECIPE = ("recipe", "divisors", "class_weight", "regularizers")
 # A mix below this part of the contributions is what the few operations in float64 leave.
 ROUNDING = 1e-15
+# Of a terminal.
+WIDTH = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +104,13 @@ class Diff:
         ]
         lines.append(("total", "", self.before, self.after, self.difference, self.mix, self.rate))
         cells = [[*line[:2], *(significant(float(value)) for value in line[2:])] for line in lines]
-        head = f"{self.first}: {significant(self.before)} → {self.second}: {significant(self.after)}, "
+        before, after = f"{self.first}: {significant(self.before)}", f"→ {self.second}: {significant(self.after)}"
+        tail = f"difference {significant(self.difference)}"
+        head = f"{before} {after}, {tail}"
+        # On lines of their own where one would be wider than a terminal.
+        head = head if cell_width(head) <= WIDTH else f"{before}\n{after}\n{tail}"
         table = aligned(("term", "group", *numbers), cells, (False, False, True, True, True, True, True))
-        return f"{head}difference {significant(self.difference)}\n{table}"
+        return f"{head}\n{table}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -142,6 +148,10 @@ def _refuse_other_recipe(first: Side, second: Side) -> None:
     wrong = []
     for name in RECIPE:
         one, other = first.info.get(name) or {}, second.info.get(name) or {}
+        if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+            # A ledger that was not made by `fit` may say it in words.
+            wrong += [f"{name}: {one or 'none'} against {other or 'none'}"] if one != other else []
+            continue
         for key in {**one, **other}:
             if one.get(key) != other.get(key):
                 wrong.append(f"{name} of {key!r}: {one.get(key, 'none')} against {other.get(key, 'none')}")

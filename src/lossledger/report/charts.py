@@ -1,13 +1,15 @@
-"""Curves of a run, and their drawing as static SVG.
+"""Curves of a run as Vega-Lite, and their drawing as static SVG.
 
+The page holds the drawing, which needs no JavaScript, and the specification, which answers to the mouse where there is.
 The colours are mid-tones and `currentColor`, which read on a light and on a dark page.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from lossledger.ledger.table import clean, shortened
 
 COLOURS = ("#3f7fc4", "#d9772b", "#3a9a6b", "#b0559b", "#a8892c", "#7a6fd0", "#c9525a", "#3a97a8")
 MOST_POINTS = 600
+VEGA_LITE = "6.4"
 _SPLITS = ("training", "validation", "test")
 
 
@@ -86,13 +89,14 @@ def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """At most MOST_POINTS points: the lowest and the highest of each stretch, so that no spike is lost."""
     if len(points) <= MOST_POINTS:
         return list(points)
-    size = math.ceil(2 * len(points) / MOST_POINTS)
-    kept = []
-    for start in range(0, len(points), size):
-        stretch = points[start : start + size]
+    inside = points[1:-1]
+    size = math.ceil(2 * len(inside) / (MOST_POINTS - 2))
+    kept = [points[0]]
+    for start in range(0, len(inside), size):
+        stretch = inside[start : start + size]
         ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
         kept.extend(sorted(ends))
-    return kept
+    return [*kept, points[-1]]
 
 
 def curve_specification(curve: Curve, width: int = 340, height: int = 170) -> dict[str, Any]:
@@ -114,31 +118,57 @@ def curve_specification(curve: Curve, width: int = 340, height: int = 170) -> di
     few = max(len(series.points) for series in curve.series) <= 30
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
     legend = altair.Legend(title=None, orient="top", columns=4, offset=6) if len(names) > 1 else None
-    chart = (
-        altair.Chart()
-        .mark_line(point={"size": 18, "filled": True} if few else False, strokeWidth=1.75, strokeJoin="round")
-        .encode(
-            x=altair.X("position:Q", axis=_whole_numbers(curve), scale=altair.Scale(zero=False, nice=False)),
-            y=altair.Y("value:Q", title=None, scale=_scale(curve)),
-            color=altair.Color("series:N", scale=altair.Scale(domain=names, range=colours), legend=legend),
-        )
-        .properties(width=width, height=height, autosize={"type": "fit-x", "contains": "padding"})
-        .configure(**_THEME)
+    base = altair.Chart().encode(
+        x=altair.X("position:Q", axis=_whole_numbers(curve), scale=altair.Scale(zero=False, nice=False)),
+        y=altair.Y("value:Q", title=None, scale=_scale(curve)),
+        color=altair.Color("series:N", scale=altair.Scale(domain=names, range=colours), legend=legend),
     )
-    specification: dict[str, Any] = chart.to_dict()
-    return {**specification, "data": {"values": values}}
+    # No format: a number shown with all of its digits is not rounded to a lie.
+    said = [altair.Tooltip("series:N", title="line"), altair.Tooltip("position:Q", title=curve.axis), "value:Q"]
+    chart = altair.layer(
+        base.mark_line(strokeWidth=1.75, strokeJoin="round", aria=False),
+        base.mark_point(filled=True, size=18 if few else 60, opacity=1 if few else 0, aria=False).encode(tooltip=said),
+    ).properties(width=width, height=height)
+    return specified(chart, values)
 
 
-def draw(curve: Curve) -> str:
-    """A curve as an SVG element, with the curve's title for those who cannot see it; needs vl-convert.
+def specified(chart: Any, values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The specification of an Altair chart without data, with these values and the look of all charts.
+
+    Args:
+        chart: of Altair.
+        values: one a mark.
+    """
+    chart = chart.properties(autosize={"type": "fit-x", "contains": "padding"}).configure(**_THEME)
+    # Without its schema, a specification names no outside address. Layers share the data of the whole.
+    plain: dict[str, Any] = {name: value for name, value in chart.to_dict().items() if name != "$schema"}
+    for layer in plain.get("layer", ()):
+        layer.pop("data", None)
+    return {**plain, "data": {"values": list(values)}}
+
+
+def draw(specification: Mapping[str, Any]) -> str:
+    """A chart as an SVG element; needs vl-convert.
 
     Every name in it is escaped by the renderer; it loads nothing.
+
+    Args:
+        specification: of Vega-Lite.
     """
     import vl_convert
 
-    svg: str = vl_convert.vegalite_to_svg(curve_specification(curve))
+    svg: str = vl_convert.vegalite_to_svg(dict(specification), vl_version=VEGA_LITE)
     # Inline SVG needs no namespaces; without them the page names no outside address at all.
     return re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2)
+
+
+@functools.cache
+def runtime() -> str:
+    """The JavaScript that draws charts, as `window.vegaEmbed`; needs vl-convert, which carries it."""
+    import vl_convert
+
+    code: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
+    return code
 
 
 def _whole_numbers(curve: Curve) -> Any:

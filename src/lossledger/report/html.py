@@ -1,71 +1,129 @@
-"""The report as one HTML file: it opens offline, asks for nothing, and is read without JavaScript."""
+"""The report as one HTML file: it opens offline, asks for nothing, and is read without JavaScript.
+
+Its scripts are known by their hashes; nothing else runs, whatever a name in the ledger says.
+"""
 
 from __future__ import annotations
 
 import base64
+import functools
+import hashlib
 import json
 import math
 import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lossledger.errors import LedgerError
 from lossledger.ledger import Ledger
 from lossledger.ledger.table import clean
 from lossledger.report import text
-from lossledger.report.charts import Curve, draw
+from lossledger.report.charts import curve_specification, draw, runtime
 from lossledger.report.numbers import Style, display
 from lossledger.report.view import Picture, ReportView, RunView, build_view
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-MOST_PICTURES = 12
-MOST_PICTURE_BYTES = 1_200_000
-MOST_CURVES = 12
-MOST_CLASSES = 100
-MOST_BARS = 12
+MOST_BYTES = 2_000_000
+MOST_PICTURES = 24
+MOST_PICTURE_BYTES = 600_000
+# Width and height of a trend in a table.
+SPARK = (56, 14)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def report(run: Ledger | str | Path, path: str | Path) -> Path:
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """How much a page shows: runs, curves a run, lines a table, classes a term, and whether charts answer."""
+
+    runs: int = 100
+    curves: int = 12
+    classes: int = 100
+    bars: int = 12
+    live: bool = True
+
+
+# What is tried until a page is small enough; nothing is left out before it must be.
+_LADDER = (_Limits(), _Limits(live=False), _Limits(20, 6, 50, 8, live=False), _Limits(8, 2, 20, 5, live=False))
+
+
+def report(run: Ledger | str | Path, path: str | Path, against: Ledger | str | Path | None = None) -> Path:
     """Write the report of a run, or of several side by side, and return its path.
 
     Args:
         run: a ledger, a run folder, or a folder of run folders.
         path: of the HTML file; replaced whole if it is there.
+        against: another run: what moved the loss from its own to that of `run`, by class.
 
     Raises:
         InputError: a run without the loss of any epoch.
         LedgerError: the run cannot be read, or the file cannot be written.
     """
-    ledger = run if isinstance(run, Ledger) else Ledger.open(run)
-    pictures = load_pictures(ledger.path) if ledger.path is not None else ()
-    page = render(build_view(ledger, pictures=pictures))
+    page = render(view_of(run, against))
     target = Path(path).expanduser().absolute()
     _write_whole(target, page)
     return target
 
 
+def view_of(run: Ledger | str | Path, against: Ledger | str | Path | None = None) -> ReportView:
+    """What the report of a run says, with the pictures in its folder; arguments as in `report`."""
+    ledger = run if isinstance(run, Ledger) else Ledger.open(run)
+    other = Ledger.open(against) if isinstance(against, str | Path) else against
+    return build_view(ledger, other, load_pictures(ledger.path) if ledger.path is not None else ())
+
+
 def render(view: ReportView) -> str:
-    """The page of a view, with at most 12 curves a run and 100 classes a table.
+    """The page of a view: at most 2 MB, for which charts stop to answer to the mouse and tables end earlier.
 
     Args:
         view: what to say.
     """
-    environment = _environment()
-    template = environment.get_template("report.html")
-    return template.render(
-        view=view,
-        text=text,
-        names=[run.run for run in view.runs],
-        limits={"curves": MOST_CURVES, "classes": MOST_CLASSES, "bars": MOST_BARS},
+    template = _environment().get_template("report.html")
+    script = _template("report.js")
+    charted = any(run.curves for run in view.runs)
+    for limits in _LADDER:
+        code = runtime() if limits.live and charted else ""
+        page = template.render(
+            view=view,
+            text=text,
+            names=[run.run for run in view.runs],
+            limits=limits,
+            runtime=_trusted(code),
+            script=_trusted(script),
+            policy=_policy([code, script] if code else [script]),
+        )
+        if len(page.encode("utf-8", "replace")) <= MOST_BYTES:
+            break
+    return page
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """Nothing is loaded, and only these scripts run. Vega compiles the expressions of a chart, which needs eval."""
+    digests = (base64.b64encode(hashlib.sha256(code.encode()).digest()).decode("ascii") for code in scripts)
+    allowed = " ".join(
+        [*(f"'sha256-{digest}'" for digest in digests), *(["'unsafe-eval'"] if len(scripts) > 1 else [])]
     )
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+
+
+def _template(name: str) -> str:
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+
+
+def _trusted(code: str) -> object:
+    """A script of the library's own: nothing in it comes from a run."""
+    from markupsafe import Markup
+
+    return Markup(code)
 
 
 def load_pictures(folder: Path) -> tuple[Picture, ...]:
-    """The pictures of a run folder, or of the run folders in it: at most 12 PNG files, 1.2 MB together.
+    """The pictures of a run folder, or of the run folders in it: at most 24 PNG files, 0.6 MB together.
 
     Args:
         folder: with `pictures/pictures.json`, a list of {"file", "caption", "run"}; none there, none loaded.
@@ -121,7 +179,18 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters.update(display=_display, chart=_chart, data_uri=_data_uri, bar=_bar, widest=_widest)
+    environment.filters.update(
+        display=_display,
+        minus=_minus,
+        raw=_raw,
+        spark=_spark,
+        specification=functools.cache(curve_specification),
+        drawn=_once(_drawn),
+        script_json=_script_json,
+        data_uri=_data_uri,
+        bar=_bar,
+        widest=_widest,
+    )
     return environment
 
 
@@ -130,14 +199,63 @@ def _shown(value: object) -> object:
 
 
 def _display(value: float | None, style: Style = "number", digits: int = 3) -> str:
-    return display(value, style, digits).replace("-", "\N{MINUS SIGN}")
+    return _minus(display(value, style, digits))
 
 
-def _chart(curve: Curve) -> object:
+def _minus(cell: str) -> str:
+    """A true minus sign before a number, which a hyphen in a name is not."""
+    return re.sub(r"(?<![\w.])-(?=[\d.∞])|(?<=e)-(?=\d+$)", "\N{MINUS SIGN}", cell)
+
+
+def _raw(value: float | None) -> str:
+    """A number for sorting; "" where there is none."""
+    return "" if value is None or math.isnan(value) else str(value).replace("inf", "Infinity")
+
+
+def _spark(points: Sequence[tuple[int, float | None]]) -> object:
+    """A small line without axes: the shape of a trend, whose numbers stand beside it."""
     from markupsafe import Markup
 
-    # The one place where markup is trusted: SVG that the renderer made, with every name in it escaped.
-    return Markup(draw(curve))
+    values = [value for _, value in points if value is not None and math.isfinite(value)]
+    if len(values) < 2:
+        return ""
+    low, high = min(values), max(values)
+    steps = [values[round(i * (len(values) - 1) / 59)] for i in range(60)] if len(values) > 60 else values
+    spots = (
+        f"{SPARK[0] * i / (len(steps) - 1):.1f},{SPARK[1] * (1 - (v - low) / ((high - low) or 1)):.1f}"
+        for i, v in enumerate(steps)
+    )
+    return Markup(
+        f'<svg class="spark" viewBox="-1 -1 {SPARK[0] + 2} {SPARK[1] + 2}" aria-hidden="true">'
+        f'<polyline points="{" ".join(spots)}"/></svg>'
+    )
+
+
+def _once(draw_it: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:
+    """The same drawing for the same specification, should the page be rendered again."""
+    drawn: dict[int, tuple[dict[str, Any], object]] = {}
+
+    def found(specification: dict[str, Any]) -> object:
+        if id(specification) not in drawn:
+            drawn[id(specification)] = (specification, draw_it(specification))
+        return drawn[id(specification)][1]
+
+    return found
+
+
+def _drawn(specification: dict[str, Any]) -> object:
+    from markupsafe import Markup
+
+    # Markup is trusted here: SVG that the renderer made, with every name in it escaped.
+    return Markup(draw(specification))
+
+
+def _script_json(specification: dict[str, Any]) -> object:
+    """JSON that no name in it can end the script of: what begins a tag or a comment is escaped."""
+    from markupsafe import Markup
+
+    said = json.dumps(specification, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return Markup(said.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def _data_uri(picture: Picture) -> str:
@@ -146,7 +264,7 @@ def _data_uri(picture: Picture) -> str:
 
 def _widest(run: RunView) -> float:
     """The largest share that a bar of the run shows: bars are drawn against it, all on one scale."""
-    parts = [part for term in run.terms for part in term.classes[:MOST_BARS]]
+    parts = [part for term in run.terms for part in term.classes[: _LADDER[0].bars]]
     shares = [share for part in parts for share in (part.share, part.entries) if share is not None]
     return max((share for share in shares if math.isfinite(share)), default=1.0)
 

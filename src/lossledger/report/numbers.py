@@ -10,7 +10,7 @@ from typing import Literal
 
 from lossledger.ledger.table import DASH, significant
 
-Style = Literal["number", "count", "percent", "times"]
+Style = Literal["number", "count", "percent", "times", "change"]
 
 _NEARLY = 1e-12
 
@@ -20,13 +20,16 @@ def display(value: float | None, style: Style = "number", digits: int = 3) -> st
 
     Args:
         value: the number; None and NaN are undefined and become a dash.
-        style: "number"; "count" (whole, with separators); "percent" of a share of 1; "times" for a factor.
+        style: "number"; "count" (whole, with separators); "percent" of a share of 1; "times" for a factor;
+            "change" for a share by which something rose or fell.
         digits: significant digits of a number.
 
     >>> display(0.0004), display(0.9996, "percent"), display(1228800, "count"), display(152.3, "times")
     ('0.000400', '99.96 %', '1,228,800', '152×')
     >>> display(None), display(0.00000001, "percent"), display(1.0, "percent"), display(1.6, "times")
     ('–', '< 0.001 %', '100 %', '1.6×')
+    >>> display(0.25, "change"), display(-0.25, "change")
+    ('+25.0 %', '-25.0 %')
     """
     if value is None or math.isnan(value):
         return DASH
@@ -34,6 +37,8 @@ def display(value: float | None, style: Style = "number", digits: int = 3) -> st
         return "∞" if value > 0 else "-∞"
     if style == "percent":
         return _percent(value)
+    if style == "change":
+        return f"+{_percent(value)}" if value > 0 and not _percent(value).startswith("<") else _percent(value)
     if style == "count" and value == int(value):
         return f"{int(value):,}"
     if style == "times":

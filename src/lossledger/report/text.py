@@ -5,17 +5,30 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
+from lossledger.ledger import Diff
 from lossledger.ledger.table import DASH, aligned, cell_width, clean, shortened
 from lossledger.report.charts import Curve
-from lossledger.report.numbers import display
-from lossledger.report.view import ClassTable, Comparison, ReportView, RunView, TermShare, Verdict
+from lossledger.report.numbers import Style, display
+from lossledger.report.shares import ClassTable, OutputShare, TermShare
+from lossledger.report.view import Against, Comparison, FindingView, ReportView, RunView, Verdict
 
 WIDTH = 80
 MOST_CLASSES = 12
+TREND = "trend"
 
-Layout = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How the parts of a document are written: as plain text or as Markdown."""
+
+    heading: Callable[[str, int], str]
+    paragraph: Callable[[str], str]
+    table: Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+    facts: Callable[[Sequence[tuple[str, str]]], str]
 
 
 def as_text(view: ReportView) -> str:
@@ -32,7 +45,7 @@ def as_text(view: ReportView) -> str:
     >>> print(as_text(build_view(ledger)).splitlines()[3])
     Training loss 0.5000 after epoch 1, over 4 entries.
     """
-    return _document(view, heading=_underlined, paragraph=_wrapped, table=_text_table)
+    return _document(view, _Form(_underlined, _wrapped, _text_table, _indented))
 
 
 def as_markdown(view: ReportView) -> str:
@@ -41,7 +54,7 @@ def as_markdown(view: ReportView) -> str:
     Args:
         view: what to say.
     """
-    return _document(view, heading=_hashed, paragraph=_escaped, table=_pipe_table)
+    return _document(view, _Form(_hashed, _escaped, _pipe_table, _listed))
 
 
 def headline(verdict: Verdict) -> str:
@@ -116,22 +129,86 @@ def nonfinite_sentence(verdict: Verdict) -> str:
     return f"{display(verdict.nonfinite, 'count')} unmasked elements were NaN or infinite over the run."
 
 
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of numbers: its heading, how it is shown, and the numbers."""
+
+    head: str
+    style: Style
+    values: tuple[float | None, ...]
+
+
+def class_columns(table: ClassTable) -> list[Column]:
+    """The columns of a class table after the names, as every report shows them.
+
+    Args:
+        table: of one output.
+    """
+    rows, linear = table.rows, table.form == "linear"
+    found = [Column("present", "percent", tuple(row.entries for row in rows))] if linear else []
+    found.append(Column("of the loss", "percent", tuple(row.share for row in rows)))
+    found.append(Column("own mean", "number", tuple(row.mean for row in rows)))
+    if linear:
+        found.append(Column("where present", "number", tuple(row.mean_present for row in rows)))
+    if any(row.change is not None for row in rows):
+        found.append(Column(TREND, "change", tuple(row.change for row in rows)))
+    for position, metric in enumerate(table.metrics):
+        found.append(Column(metric, "number", tuple(row.metrics[position] for row in rows)))
+    if table.weighted:
+        found.append(Column("avg. weight", "number", tuple(row.average_weight for row in rows)))
+    return found
+
+
 def class_table_cells(table: ClassTable) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of a class table, as every report shows them.
 
     Args:
         table: of one output.
     """
-    linear = table.form == "linear"
-    heads = ["class", *(["present"] if linear else []), "of the loss", "own mean"]
-    heads += [*(["where present"] if linear else []), *table.metrics, *(["avg. weight"] if table.weighted else [])]
+    columns = class_columns(table)
+    lines = [
+        [row.name, *(display(column.values[i], column.style) for column in columns)] for i, row in enumerate(table.rows)
+    ]
+    return ["class", *(column.head for column in columns)], lines
+
+
+def finding_sentence(finding: FindingView) -> str:
+    """What a check found, with its code.
+
+    Args:
+        finding: of a run.
+    """
+    return " ".join(part for part in (f"{finding.code} {finding.severity}:", finding.message, finding.remedy) if part)
+
+
+def against_sentence(against: Against) -> str:
+    """What moved the loss since the other run, or why that cannot be said.
+
+    Args:
+        against: of a run.
+    """
+    diff = against.diff
+    if diff is None:
+        return f"The losses cannot be compared. {against.refused}"
+    return (
+        f"{diff.first}: {display(diff.before, digits=4)}; {diff.second}: {display(diff.after, digits=4)}. "
+        f"Of the difference of {display(diff.difference)}, {display(diff.mix)} is mix (what share of the divisor the "
+        f"groups have) and {display(diff.rate)} is rate (the own mean of the groups)."
+    )
+
+
+def against_cells(diff: Diff) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of what moved the loss, the largest difference first.
+
+    Args:
+        diff: of two runs.
+    """
     lines = []
-    for row in table.rows:
-        line = [row.name, *([display(row.entries, "percent")] if linear else [])]
-        line += [display(row.share, "percent"), display(row.mean)]
-        line += [*([display(row.mean_present)] if linear else []), *(display(value) for value in row.metrics)]
-        lines.append([*line, *([display(row.average_weight)] if table.weighted else [])])
-    return heads, lines
+    for row in sorted(diff.rows, key=lambda row: -abs(row.difference) if math.isfinite(row.difference) else -math.inf):
+        name = f"{row.group} {row.presence}".strip() or "all of it"
+        values = (row.before, row.after, row.difference, row.mix, row.rate)
+        lines.append([name, row.term, *(display(value) for value in values)])
+    return ["group", "term", "before", "after", "difference", "mix", "rate"], lines
 
 
 def comparison_cells(comparison: Comparison, runs: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -158,23 +235,42 @@ def _difference(first: float | None, second: float | None) -> float | None:
     return 0.0 if math.isclose(first, second, rel_tol=1e-12) else second - first
 
 
-def _document(
-    view: ReportView, heading: Callable[[str, int], str], paragraph: Callable[[str], str], table: Layout
-) -> str:
-    parts = [heading(f"Loss report: {view.title}", 1)]
+def _document(view: ReportView, form: _Form) -> str:
+    parts = [form.heading(f"Loss report: {view.title}", 1)]
     names = [run.run for run in view.runs]
     if view.comparisons:
-        parts.append(heading("Side by side", 2))
-        parts += [paragraph(view.note)] if view.note else []
+        parts.append(form.heading("Side by side", 2))
+        parts += [form.paragraph(view.note)] if view.note else []
         for comparison in view.comparisons:
-            parts += [heading(comparison.title, 3), table(*comparison_cells(comparison, names))]
+            parts += [form.heading(comparison.title, 3), form.table(*comparison_cells(comparison, names))]
     for run in view.runs:
-        parts += [heading(run.run, 2)] if len(names) > 1 else []
-        parts += [paragraph(sentence) for sentence in sentences(run.verdict)]
-        parts += _run_tables(run, heading, table)
-        if run.findings:
-            parts += [heading("Checks", 3), *map(paragraph, run.findings)]
+        parts += [form.heading(run.run, 2)] if len(names) > 1 else []
+        parts += [form.paragraph(sentence) for sentence in sentences(run.verdict)]
+        parts += _run_parts(run, form)
     return "\n\n".join(parts) + "\n"
+
+
+def _run_parts(run: RunView, form: _Form) -> Iterator[str]:
+    yield from (
+        form.heading("Where the loss is", 3),
+        form.table(["term", "contribution", "of the loss", "of the entries"], _share_lines(run.outputs)),
+    )
+    if run.curves:
+        yield from (form.heading("Curves", 3), form.table(*curve_cells(run.curves)))
+    for classes in run.tables:
+        of = f" of {classes.output}" if classes.output else ""
+        yield form.heading(f"Classes{of}; own means of {classes.term}", 3)
+        yield form.table(*class_table_cells(classes))
+    if run.against is not None:
+        yield form.heading(f"Difference from {run.against.other}", 3)
+        yield form.paragraph(against_sentence(run.against))
+        if run.against.diff is not None:
+            yield form.table(*against_cells(run.against.diff))
+    if run.provenance:
+        yield from (form.heading("Provenance", 3), form.facts(run.provenance))
+    if run.findings:
+        yield form.heading("Checks", 3)
+        yield from (form.paragraph(finding_sentence(finding)) for finding in run.findings)
 
 
 def sentences(verdict: Verdict) -> list[str]:
@@ -185,17 +281,6 @@ def sentences(verdict: Verdict) -> list[str]:
     """
     said = (headline(verdict), hidden_sentence(verdict), nonfinite_sentence(verdict), balance_sentence(verdict))
     return [sentence for sentence in said if sentence]
-
-
-def _run_tables(run: RunView, heading: Callable[[str, int], str], table: Layout) -> list[str]:
-    parts = [heading("Where the loss is", 3)]
-    parts.append(table(["term", "contribution", "of the loss", "of the entries"], _share_lines(run.terms)))
-    for classes in run.tables:
-        of = f" of {classes.output}" if classes.output else ""
-        parts += [heading(f"Classes{of}; own means of {classes.term}", 3), table(*class_table_cells(classes))]
-    if run.curves:
-        parts += [heading("Curves", 3), table(*curve_cells(run.curves))]
-    return parts
 
 
 def curve_cells(curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]]:
@@ -213,17 +298,24 @@ def curve_cells(curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]]:
     return ["curve", "line", "first", "lowest", "highest", "last"], lines
 
 
-def _share_lines(terms: Sequence[TermShare]) -> list[list[str]]:
-    lines = []
-    for term in terms:
-        lines.append([term.term, display(term.contribution), display(term.share, "percent"), ""])
-        for part in term.classes[:MOST_CLASSES]:
-            entries = display(part.entries, "percent")
-            lines.append([f"  {part.name}", display(part.contribution), display(part.share, "percent"), entries])
-        if rest := term.classes[MOST_CLASSES:]:
-            brought = sum(part.contribution for part in rest)
-            share = sum(part.share or 0.0 for part in rest)
-            lines.append([f"  {len(rest)} others", display(brought), display(share, "percent"), ""])
+def _share_lines(outputs: Sequence[OutputShare]) -> list[list[str]]:
+    lines: list[list[str]] = []
+    for output in outputs:
+        if len(outputs) > 1 and output.name:
+            lines.append([f"all of {output.name}", display(output.contribution), display(output.share, "percent"), ""])
+        lines += chain.from_iterable(_term_lines(term) for term in output.terms)
+    return lines
+
+
+def _term_lines(term: TermShare) -> list[list[str]]:
+    lines = [[term.term, display(term.contribution), display(term.share, "percent"), ""]]
+    for part in term.classes[:MOST_CLASSES]:
+        entries = display(part.entries, "percent")
+        lines.append([f"  {part.name}", display(part.contribution), display(part.share, "percent"), entries])
+    if rest := term.classes[MOST_CLASSES:]:
+        brought = sum(part.contribution for part in rest)
+        share = sum(part.share or 0.0 for part in rest)
+        lines.append([f"  {len(rest)} others", display(brought), display(share, "percent"), ""])
     return lines
 
 
@@ -232,8 +324,11 @@ def _underlined(title: str, level: int) -> str:
     return title if level > 2 else f"{title}\n{('=' if level == 1 else '-') * cell_width(title)}"
 
 
-def _wrapped(sentence: str) -> str:
-    return textwrap.fill(clean(sentence), WIDTH)
+def _wrapped(sentence: str, indent: str = "") -> str:
+    said = clean(sentence)
+    # Characters may take two columns of a terminal, which textwrap does not know.
+    width = WIDTH if cell_width(said) <= len(said) else WIDTH // 2
+    return textwrap.fill(said, width, subsequent_indent=indent)
 
 
 def _text_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -257,7 +352,15 @@ def _text_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _is_name(head: str, position: int) -> bool:
-    return position == 0 or head == "line"
+    return position == 0 or (position == 1 and head in ("line", "term"))
+
+
+def _indented(facts: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(_wrapped(f"{name}: {value}", "  ") for name, value in facts)
+
+
+def _listed(facts: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"- {_escaped(name)}: {_escaped(value)}" for name, value in facts)
 
 
 def _hashed(title: str, level: int) -> str:

@@ -1,20 +1,22 @@
 """What a report says, as plain values: no HTML, no text layout, no files.
 
-`build_view` reads ledgers; `html` and `text` show the view.
+`build_view` reads ledgers; `html`, `text` and `plain` show the view.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from lossledger.errors import InputError
-from lossledger.ledger import Imbalance, Ledger, MetricRow, Row
-from lossledger.ledger.table import GROUP_KINDS, exact_sum
+from lossledger.ledger import Diff, Imbalance, Ledger, MetricRow, Row
+from lossledger.ledger.table import exact_sum
 from lossledger.report.charts import Curve, curves
+from lossledger.report.origin import provenance
+from lossledger.report.shares import ClassRow, ClassTable, OutputShare, TermShare, class_tables, output_shares, quotient
 
 SPLITS = ("validation", "training", "test")
 HIDDEN_SHARE = 0.1
@@ -28,54 +30,6 @@ class Picture:
     data: bytes
     caption: str
     run: str
-
-
-@dataclass(frozen=True, slots=True)
-class ClassShare:
-    """What one class brings to a term: contribution, and shares of the loss and of the entries (None: unknown)."""
-
-    name: str
-    contribution: float
-    share: float | None
-    present: float | None
-    entries: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class TermShare:
-    """What a term brings to the loss, and its classes, largest contribution first."""
-
-    term: str
-    role: str
-    coefficient: float
-    contribution: float
-    share: float | None
-    classes: tuple[ClassShare, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ClassRow:
-    """One class: share of the entries where it is present, share of the loss, own means a unit of weight, metrics."""
-
-    name: str
-    entries: float | None
-    share: float | None
-    mean: float | None
-    mean_present: float | None
-    average_weight: float | None
-    metrics: tuple[float | None, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ClassTable:
-    """The classes of one output; own means are those of `term`, shares are of the whole loss."""
-
-    output: str
-    term: str
-    form: str
-    metrics: tuple[str, ...]
-    rows: tuple[ClassRow, ...]
-    weighted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +63,42 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class FindingView:
+    """What a check found while the run trained."""
+
+    code: str
+    severity: str
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """Why the loss differs from that of another run; `refused` says why the two cannot be compared."""
+
+    other: str
+    diff: Diff | None
+    refused: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunView:
     """All that is said of one run."""
 
     run: str
     verdict: Verdict
-    terms: tuple[TermShare, ...]
+    outputs: tuple[OutputShare, ...]
     tables: tuple[ClassTable, ...]
     metrics: tuple[MetricRow, ...]
     curves: tuple[Curve, ...]
     provenance: tuple[tuple[str, str], ...]
-    findings: tuple[str, ...] = ()
+    findings: tuple[FindingView, ...] = ()
+    against: Against | None = None
+
+    @property
+    def terms(self) -> tuple[TermShare, ...]:
+        """The terms of all outputs, in their order."""
+        return tuple(term for output in self.outputs for term in output.terms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,45 +125,63 @@ def build_view(ledger: Ledger, against: Ledger | None = None, pictures: Iterable
 
     Args:
         ledger: of one run or several.
-        against: further runs to set beside them.
+        against: further runs to set beside them; where it is one, what moved the loss from its own to that of each run.
         pictures: of bad samples, the worst first.
 
     Raises:
         InputError: a run without the loss of any epoch.
     """
-    parts = [book.select(run) for book in (ledger, against) if book is not None for run in book.runs]
-    given = [part.run for part in parts]
+    books = [book for book in (ledger, against) if book is not None]
+    parts = [(book, book.select(run)) for book in books for run in book.runs]
+    given = [part.run for _, part in parts]
     names = [f"{n} ({given[: i + 1].count(n)})" if given.count(n) > 1 else n for i, n in enumerate(given)]
-    runs = tuple(_run_view(name, part) for name, part in zip(names, parts, strict=True))
+    other = against if against is not None and len(against.runs) == 1 else None
+    runs = tuple(
+        _run_view(name, part, None if other is None or book is against else (names[-1], other))
+        for name, (book, part) in zip(names, parts, strict=True)
+    )
     compared = tuple(c for c in _comparisons(runs) if c.rows) if len(runs) > 1 else ()
     return ReportView(", ".join(names), runs, compared, _comparison_note(runs), tuple(pictures))
 
 
-# What a report says of a finding of the checks, in this order.
-_FINDING = ("code", "severity", "message", "remedy")
-
-
-def _run_view(name: str, ledger: Ledger) -> RunView:
+def _run_view(name: str, ledger: Ledger, against: tuple[str, Ledger] | None) -> RunView:
     rows = [row for row in ledger.rows if row.step is None]
     splits = [split for split in SPLITS if any(row.split == split and row.kind == "term" for row in rows)]
     if not splits:
         raise InputError(f"The run {name!r} has no loss of an epoch yet: there is nothing to report.")
     split = splits[0]
     epoch = max(row.epoch for row in rows if row.split == split and row.kind == "term")
-    final = [row for row in rows if row.split == split and row.epoch == epoch]
+    history = [row for row in rows if row.split == split]
+    final = [row for row in history if row.epoch == epoch]
     metrics = [metric for metric in ledger.metrics if metric.split == split and metric.epoch == epoch]
     loss = ledger.loss(split, epoch)
-    tables = tuple(_class_tables(final, metrics, loss, ledger.info.get("class_names")))
+    tables = tuple(class_tables(final, metrics, loss, ledger.info.get("class_names"), history))
     return RunView(
         run=name,
         verdict=_verdict(ledger, splits, final, tables),
-        terms=tuple(_term_shares(final, tables, loss)),
+        outputs=tuple(output_shares(final, tables, loss)),
         tables=tables,
         metrics=tuple(metrics),
         curves=curves(ledger.rows, ledger.metrics),
-        provenance=tuple(_flat({key: value for key, value in ledger.info.items() if key != "findings"})),
-        findings=tuple(" ".join(str(f.get(k, "")) for k in _FINDING) for f in ledger.info.get("findings", ())),
+        provenance=tuple(provenance(ledger.info, rows)),
+        findings=tuple(_findings(ledger.info.get("findings"))),
+        against=None if against is None else _against(ledger, *against),
     )
+
+
+def _findings(found: object) -> Iterable[FindingView]:
+    """What the checks wrote into the run file; another program may have written something else."""
+    for finding in found if isinstance(found, list | tuple) else ():
+        if isinstance(finding, Mapping):
+            yield FindingView(*(str(finding.get(name, "")) for name in ("code", "severity", "message", "remedy")))
+
+
+def _against(ledger: Ledger, name: str, other: Ledger) -> Against:
+    """What moved the loss from that of the other run to this one."""
+    try:
+        return Against(name, other.diff(ledger), "")
+    except InputError as error:
+        return Against(name, None, str(error))
 
 
 def _verdict(ledger: Ledger, splits: list[str], final: list[Row], tables: Sequence[ClassTable]) -> Verdict:
@@ -211,7 +208,7 @@ def _hidden(tables: Sequence[ClassTable], whole: Sequence[Row], loss: float) -> 
     for table in tables:
         # A sum, or several terms, cannot be compared with the mean of one class: its own term's mean can.
         same = [row for row in data if row.term == table.term]
-        own = _quotient(exact_sum(row.total for row in same), sum(row.count for row in same))
+        own = quotient(exact_sum(row.total for row in same), sum(row.count for row in same))
         alone = len(data) == 1 and own is not None and abs(loss - own) <= 0.5 * abs(own)
         reference = loss if alone else own
         for row in table.rows if table.form == "linear" and reference and reference > 0 else ():
@@ -220,68 +217,6 @@ def _hidden(tables: Sequence[ClassTable], whole: Sequence[Row], loss: float) -> 
                 rare = row.entries <= HIDDEN_SHARE and factor >= HIDDEN_FACTOR
                 found.append(Hidden(row, table.metrics, "" if alone else table.term, reference or 0.0, factor, rare))
     return max(found, key=lambda hidden: (hidden.rare, hidden.factor), default=None)
-
-
-def _class_tables(
-    final: Sequence[Row], metrics: Sequence[MetricRow], loss: float, class_names: object
-) -> Iterable[ClassTable]:
-    by_output: dict[str, dict[str, dict[str, list[Row]]]] = {}
-    for term in dict.fromkeys(row.term for row in final):
-        if groups := _groups(final, term):
-            by_output.setdefault(_output(term), {})[term] = groups
-    for output, terms in by_output.items():
-        main = next((t for t, groups in terms.items() if _form(groups) == "linear"), next(iter(terms)))
-        listed = class_names.get(output) if isinstance(class_names, Mapping) else class_names
-        names = _names_in_order([*terms[main], *chain.from_iterable(terms.values())], listed)
-        measured = _class_metrics(metrics, output, names)
-        whole_count = sum(row.count for rows in terms[main].values() for row in rows)
-        rows = []
-        for name in names:
-            own = terms[main].get(name, [])
-            share = _quotient(exact_sum(r.contribution for g in terms.values() for r in g.get(name, [])), loss)
-            values = tuple(by_class.get(name) for by_class in measured.values())
-            if own or any(value is not None for value in values):
-                rows.append(_class_row(name, own, whole_count, share, values))
-        weighted = any(abs((row.average_weight or 1) - 1) > 1e-9 for row in rows)
-        yield ClassTable(output, main, _form(terms[main]), tuple(measured), tuple(rows), weighted)
-
-
-def _class_row(
-    name: str, own: Sequence[Row], whole_count: int, share: float | None, metrics: tuple[float | None, ...]
-) -> ClassRow:
-    count, weight = sum(r.count for r in own), exact_sum(r.weight for r in own)
-    # A binary loss splits each class by its target; a categorical one has a row only where the class is present.
-    split = any(r.presence for r in own)
-    present = [r for r in own if r.presence != "absent"] if split else own
-    linear = all(r.form == "linear" for r in own)
-    entries = _quotient(sum(r.count for r in present), count if split else whole_count) if linear and own else None
-    mean_present = _quotient(exact_sum(r.total for r in present), exact_sum(r.weight for r in present))
-    return ClassRow(
-        name=name,
-        entries=entries,
-        share=share,
-        mean=_quotient(exact_sum(r.total for r in own), weight),
-        mean_present=mean_present if linear else None,
-        average_weight=_quotient(weight, count) if linear else None,
-        metrics=metrics,
-    )
-
-
-def _term_shares(final: Sequence[Row], tables: Sequence[ClassTable], loss: float) -> Iterable[TermShare]:
-    entries = {(table.output, row.name): row.entries for table in tables for row in table.rows}
-    for term in dict.fromkeys(row.term for row in final if row.kind == "term"):
-        own = [row for row in final if row.term == term and row.kind == "term"]
-        contribution = exact_sum(row.contribution for row in own)
-        classes = []
-        for name, rows in _groups(final, term).items():
-            brought = exact_sum(row.contribution for row in rows)
-            present = [row.contribution for row in rows if row.presence == "present"]
-            where_present = _quotient(exact_sum(present), loss) if any(row.presence for row in rows) else None
-            known = entries.get((_output(term), name))
-            classes.append(ClassShare(name, brought, _quotient(brought, loss), where_present, known))
-        classes.sort(key=lambda c: -c.contribution)
-        share = _quotient(contribution, loss)
-        yield TermShare(term, own[0].role, own[0].coefficient, contribution, share, tuple(classes))
 
 
 def _comparisons(runs: Sequence[RunView]) -> Iterable[Comparison]:
@@ -301,56 +236,11 @@ def _compared(title: str, values: Sequence[Mapping[str, float]]) -> Comparison:
 
 def _comparison_note(runs: Sequence[RunView]) -> str:
     """What stands in the way of comparing the runs' losses."""
-    recipes = {(dict(r.provenance).get("recipe"), *((t.term, t.coefficient) for t in r.terms)) for r in runs}
+    recipes = {_recipe(run) for run in runs}
     different = "The runs were trained with different losses: compare their metrics, not their losses."
     return different if len(recipes) > 1 else ""
 
 
-def _groups(rows: Sequence[Row], term: str) -> dict[str, list[Row]]:
-    """The rows of a term by group, of the kind that a reader knows best: class, column or label."""
-    grouped = [row for row in rows if row.term == term and row.kind not in ("term", "sample")]
-    kinds = sorted({row.kind for row in grouped}, key=lambda k: (GROUP_KINDS.index(k) if k in GROUP_KINDS else 9, k))
-    groups: dict[str, list[Row]] = {}
-    for row in grouped:
-        if row.kind == kinds[0]:
-            groups.setdefault(row.group, []).append(row)
-    return groups
-
-
-def _form(groups: Mapping[str, Sequence[Row]]) -> str:
-    return next(row.form for rows in groups.values() for row in rows)
-
-
-def _output(name: str) -> str:
-    """The output that a term or metric belongs to: "mask" of "mask/dice", "" of "dice"."""
-    return name.rpartition("/")[0]
-
-
-def _names_in_order(found: Iterable[str], class_names: object) -> dict[str, None]:
-    met = dict.fromkeys(found)
-    listed = [str(name) for name in class_names] if isinstance(class_names, list | tuple) else []
-    return dict.fromkeys([*(name for name in listed if name in met), *met])
-
-
-def _class_metrics(
-    metrics: Iterable[MetricRow], output: str, names: Collection[str]
-) -> dict[str, dict[str, float | None]]:
-    """Metrics by class that belong to an output, by their short name."""
-    found: dict[str, dict[str, float | None]] = {}
-    for metric in metrics:
-        if metric.group in names and _output(metric.metric) in (output, ""):
-            found.setdefault(metric.metric.rpartition("/")[2], {})[metric.group] = metric.value
-    return found
-
-
-def _quotient(numerator: float, divisor: float) -> float | None:
-    return numerator / divisor if divisor and not math.isnan(divisor) else None
-
-
-def _flat(info: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    for key, value in info.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            items = value if isinstance(value, list | tuple) else [value]
-            yield f"{prefix}{key}", ", ".join(str(item) for item in items)
+def _recipe(run: RunView) -> tuple[Any, ...]:
+    said = [entry for entry in run.provenance if entry[0].split()[0] in ("recipe", "divisor")]
+    return (*said, *((term.term, term.coefficient) for term in run.terms))
