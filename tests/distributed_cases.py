@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lossledger as ll
+import window_laws
 from lossledger.distributed import full
 from lossledger.errors import CheckError, EmptyDataError, InputError, NonFiniteError, RankError
 
@@ -688,3 +689,29 @@ def refusals_follow_each_other(world, which):
     model.fit(x, y, seed=0, verbose=0)
     one.fit(x, y, seed=0, verbose=0)
     expect_weights(model.net, one.net)
+
+
+@case(0, 1)
+def laws_of_windows(world, start):
+    """Forty random objectives, cut at random, are those of one batch; thousands more run in test_window_laws."""
+    for seed in range(start, 80, 2):
+        rng = np.random.default_rng(seed)
+        rows = [window_laws.ADDITIVE[i] for i in rng.integers(0, len(window_laws.ADDITIVE), rng.integers(1, 4))]
+        kinds = ["", "samples", "entries"]
+        empty, hidden, classes, more = (bool(flag) for flag in rng.random(4) < 0.5)
+        problem = window_laws.random_problem(
+            seed,
+            rows,
+            world.size,
+            torch.float64 if seed % 4 < 2 else torch.float32,
+            weights=str(rng.choice(kinds)),
+            masks=str(rng.choice(kinds)),
+            empty=empty,
+            hidden=hidden,
+            classes=classes,
+            more=more,
+        )
+        mine = window_laws.in_window(problem, None, world.rank)
+        everyone = [None] * world.size
+        dist.all_gather_object(everyone, mine)
+        window_laws.expect_one_batch(problem, everyone)
