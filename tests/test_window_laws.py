@@ -76,7 +76,7 @@ def test_every_loss_is_that_of_one_batch(row, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ADDITIVE, ids=lambda row: row.name)
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(st.data())
 def test_every_loss_is_that_of_one_batch_in_many_cases(row, data):
     one_loss(row, data)
@@ -100,14 +100,14 @@ def several_outputs(data):
     check(problem)
 
 
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(st.data())
 def test_several_outputs_are_those_of_one_batch(data):
     several_outputs(data)
 
 
 @pytest.mark.slow
-@settings(max_examples=3000)
+@settings(max_examples=2000)
 @given(st.data())
 def test_several_outputs_are_those_of_one_batch_in_many_cases(data):
     several_outputs(data)
