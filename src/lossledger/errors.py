@@ -12,7 +12,8 @@ LossledgerError
 ├── RankError (RuntimeError)      another rank of a training failed or did not answer
 ├── NonFiniteError (ArithmeticError)   a NaN or an infinity, with the term and the samples it came from
 ├── LedgerError (ValueError)     a run folder or segment that cannot be read
-└── CheckpointError (ValueError) a run that cannot be resumed, with what is damaged or differs
+├── CheckpointError (ValueError) a run that cannot be resumed, with what is damaged or differs
+└── ExtraError (ImportError)     a package of an extra is not installed
 ```
 
 Each message says what was expected, what was received, where (output, term, argument), and what to do about it.
@@ -76,6 +77,10 @@ class LedgerError(LossledgerError, ValueError):
 
 class CheckpointError(LossledgerError, ValueError):
     """A checkpoint that cannot be written or read, or that belongs to another recipe."""
+
+
+class ExtraError(LossledgerError, ImportError):
+    """What was asked for needs a package of an extra that is not installed."""
 
 
 # So many names are read; of more, the nearest are shown.

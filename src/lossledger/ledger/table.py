@@ -207,10 +207,19 @@ def _measures(records: Columns, groups: Groups) -> Iterator[dict[str, Any]]:
     terms = np.asarray(records["term"].values, np.int64) * (len(records["form"].names) + 1) + records["form"].values
     for totals, counts, weights, contributions, ratios, term in zip(*sums, ratio, groups.lists(terms), strict=True):
         total, count, weight = exact_sum(totals), sum(counts), exact_sum(weights)
-        divisor = weight if ratios[0] else count
-        mean = total / divisor if divisor and min(term) == max(term) else None
+        mean = mean_of(total, count, weight, ratios[0]) if min(term) == max(term) else None
         values = (total, count, weight, mean, exact_sum(contributions), None)
         yield dict(zip(MEASURES, values, strict=True))
+
+
+def mean_of(total: float, count: int, weight: float, ratio: bool) -> float | None:
+    """The mean of the sums of rows of one term: over the count, for a ratio over the weight; None over nothing.
+
+    >>> mean_of(6.0, 4, 3.0, ratio=False), mean_of(6.0, 4, 3.0, ratio=True), mean_of(0.0, 0, 0.0, ratio=False)
+    (1.5, 2.0, None)
+    """
+    divisor = weight if ratio else count
+    return total / divisor if divisor else None
 
 
 def exact_sum(values: Iterable[float]) -> float:

@@ -6,15 +6,19 @@ import csv
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from lossledger.errors import CheckpointError, InputError, InputTypeError, UnknownNameError
+from lossledger.ledger.ledger import ROW_COLUMNS
 from lossledger.training.callback import Callback, Logs, awaited, monitored
 from lossledger.training.gap import Gap
 from lossledger.training.schedule import LearningRateScheduler, is_scheduler
+from lossledger.training.series import epoch_rows
+from lossledger.training.sinks import MLflow, TensorBoard
 
 __all__ = [
     "BackupAndRestore",
@@ -24,7 +28,9 @@ __all__ = [
     "Gap",
     "LambdaCallback",
     "LearningRateScheduler",
+    "MLflow",
     "ModelCheckpoint",
+    "TensorBoard",
 ]
 
 
@@ -219,18 +225,23 @@ class CSVLogger(Callback):
         filename: path.
         separator: between columns.
         append: continue an existing file; its columns must be the same.
+        rows: write the rows of the ledger instead, a line each: terms and groups of epochs, and of steps if it has
+            them, with their sums, counts and non-finite counts. Their epochs are counted from 1.
     """
 
-    def __init__(self, filename: str | Path, separator: str = ",", append: bool = False) -> None:
+    def __init__(self, filename: str | Path, separator: str = ",", append: bool = False, rows: bool = False) -> None:
         self.filename = Path(filename)
         self.separator = separator
         self.append = append
+        self.rows = rows
         self._file: TextIO | None = None
         self._columns: list[str] | None = None
 
     def on_train_begin(self, logs: Logs) -> None:
         """Open the file, on one rank."""
         self._columns = None
+        # Kept: an evaluation in another callback leaves its own in the model.
+        self._ledger = self.model.ledger
         if not self.model.writes:
             return
         if self.append and self.filename.exists():
@@ -262,20 +273,21 @@ class CSVLogger(Callback):
         self._columns = state["columns"]
 
     def on_epoch_end(self, epoch: int, logs: Logs) -> None:
-        """Write one line."""
+        """Write one line, or the epoch's rows."""
         if not self.model.writes:
             return
         assert self._file is not None
         writer = csv.writer(self._file, delimiter=self.separator)
-        columns = ["epoch", *logs]
+        columns = list(ROW_COLUMNS) if self.rows else ["epoch", *logs]
         if self._columns is None:
-            self._columns = [*columns, *awaited(logs, self.params)]
+            self._columns = columns if self.rows else [*columns, *awaited(logs, self.params)]
             writer.writerow(self._columns)
         unknown = [c for c in columns if c not in self._columns]
         if unknown:
             raise UnknownNameError(f"column of {self.filename}", unknown[0], self._columns)
-        values = {"epoch": epoch, **logs}
-        writer.writerow([values.get(column, "") for column in self._columns])
+        found = map(asdict, epoch_rows(self._ledger, epoch + 1)[0]) if self.rows else [{"epoch": epoch, **logs}]
+        # A row of an epoch has no step: csv writes nothing for None.
+        writer.writerows([values.get(column, "") for column in self._columns] for values in found)
         self._file.flush()
 
     def on_train_end(self, logs: Logs) -> None:

@@ -319,7 +319,7 @@ class Model(Placed):
             first_held=(data.length or 0) if validation_split else 0,
         )
         params_of_callbacks = {**params, "validation": held is not None, "resumed": found is not None}
-        return History(*self._run(fitting, show, params_of_callbacks, average), self.ledger, params)
+        return History(*self._run(fitting, show, params_of_callbacks, average), fitting.ledger, params)
 
     def _run(
         self, fitting: Fitting, show: Show, params: dict[str, Any], average: Average
