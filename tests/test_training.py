@@ -1316,7 +1316,7 @@ def test_a_step_reads_nothing_on_the_host(monkeypatch, optimizer, case):
     assert counts[1] - counts[0] == 0
 
 
-CALL_BUDGET = 258
+CALL_BUDGET = 182
 
 
 def test_a_step_makes_few_python_calls():

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from lossledger.distributed import local
 from lossledger.tally import Tally
+from lossledger.training.fused import STATES, FusedStep
 from lossledger.values import not_finite
-
-_HAVE_FUSED_KERNELS = (SGD, Adam, AdamW)
 
 
 class Gate:
@@ -44,7 +43,8 @@ class Gate:
         prefer_fused(net, optimizer)
         # The flag is a plain tensor, which kernels do not take beside sharded parameters.
         whole = all(local(p) is p for p in parameters)
-        self._fused = whole and all(group.get("fused") for group in optimizer.param_groups)
+        fused = whole and all(group.get("fused") for group in optimizer.param_groups)
+        self._fused = FusedStep(optimizer) if fused else None
 
     def before_forward(self) -> None:
         """Keep the buffers as they are."""
@@ -54,14 +54,10 @@ class Gate:
         """Step the optimizer, except where `bad`, a bool on the device, is set."""
         for buffer, kept in zip(self._buffers, self._kept, strict=True):
             buffer.copy_(torch.where(bad, kept, buffer))
-        if not self._fused:
+        if self._fused is None:
             self._step_and_restore(bad)
-            return
-        self._optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
-        self._optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self._optimizer.step()
-        # Left behind, the flag would silence the caller's own later steps.
-        del self._optimizer.found_inf, self._optimizer.grad_scale  # type: ignore[attr-defined]
+        else:
+            self._fused(bad)
 
     def _step_and_restore(self, bad: Tensor) -> None:
         before = [t.detach().clone() for t in self._changing()]
@@ -87,7 +83,7 @@ class Gate:
 def prefer_fused(net: nn.Module, optimizer: Optimizer) -> None:
     """Run a plain optimizer of torch by its fused kernel: the same update, faster, and it can be gated."""
     sparse = any(getattr(module, "sparse", False) for module in net.modules())
-    if type(optimizer) not in _HAVE_FUSED_KERNELS or optimizer.state or sparse:
+    if type(optimizer) not in STATES or optimizer.state or sparse:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     fits = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") and local(p) is p for p in parameters)

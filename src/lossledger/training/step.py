@@ -16,6 +16,7 @@ from lossledger.errors import InputError
 from lossledger.forward import Call, run_forward
 from lossledger.objective import Objective, Penalty
 from lossledger.tally import Tally
+from lossledger.training.fused import clear_gradients
 from lossledger.training.gate import Gate, bad_elements, bad_gradient
 from lossledger.values import not_finite
 from lossledger.window import NO_GRADIENT, Window, propagate, running
@@ -105,7 +106,7 @@ def train_step(
         if observe is not None:
             observe(batch, outputs)
     bad = _update(plan, tallies, differs, share)
-    plan.optimizer.zero_grad(set_to_none=True)
+    clear_gradients(plan.optimizer)
     return StepResult(tallies, bad, differs)
 
 
