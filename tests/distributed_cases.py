@@ -396,6 +396,24 @@ def groups_of_other_names(world):
     assert not model.ledger.balance()
 
 
+@case("folder", "memory")
+def slices_of_samples(world, where):
+    """The groups of the samples of all ranks, in a run folder and in memory."""
+    x, y = pairs()
+    groups = {"site": np.arange(N) % 3, "length": [str(i // 12) for i in range(N)]}
+    options = {"batch_size": 5, "epochs": 2, "seed": 1, "verbose": 0, "samples": True, "groups": groups}
+    folder = {"run_dir": world.out / "sliced"} if where == "folder" else {}
+    ledger = simple().fit(x, y, **options, **folder).ledger
+    expected = simple(group=world.solo).fit(x, y, **options).ledger.worst_slices(99, minimum_count=2)
+    dist.barrier()
+    opened = ll.Ledger.open(world.out / "sliced") if folder else ledger
+    found = opened.worst_slices(99, minimum_count=2)
+    assert found.tested == expected.tested == 5 + 6
+    sizes = {str(row): (row.count, round(row.mean, 9)) for row in found}
+    assert sizes == {str(row): (row.count, round(row.mean, 9)) for row in expected}
+    assert len(opened._groups().columns()["sample"].values) == 2 * N
+
+
 @case()
 def nobody_has_data(world):
     model = simple()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 import pytest
+import torch
 
+import lossledger as ll
 from lossledger.errors import InputError
 from lossledger.ledger.slices import student_tail, worst_slices
 
@@ -126,3 +129,109 @@ def test_wrong_arguments_say_what_was_expected(options, message):
     given = {"losses": [1.0, 2.0, 3.0], "groups": {"site": ["a", "b", "c"]}} | options
     with pytest.raises(InputError, match=message):
         worst_slices(**given)
+
+
+# --- from a ledger ---------------------------------------------------------------------------------------------------
+
+N = 1200
+
+
+def planted(seed=0):
+    """Samples of three kinds of groups; the targets of one conjunction are wrong."""
+    rng = np.random.default_rng(seed)
+    groups = drawn(rng, N)
+    x = rng.normal(size=(N, 3)).astype(np.float32)
+    y = x @ np.array([[1.0], [-2.0], [0.5]], np.float32)
+    bad = (groups["site"] == "east") & (groups["language"] == "fr")
+    y[bad] += rng.choice([-3.0, 3.0], (bad.sum(), 1)).astype(np.float32)
+    return x, y, groups
+
+
+def model():
+    torch.manual_seed(0)
+    made = ll.Model(torch.nn.Linear(3, 1))
+    made.compile(lambda p: torch.optim.SGD(p, lr=0.1), "mse")
+    return made
+
+
+def test_fit_keeps_the_groups_of_its_samples_and_finds_the_planted_slice(tmp_path):
+    x, y, groups = planted()
+    options = {"epochs": 3, "verbose": 0, "seed": 0, "samples": True, "groups": groups, "validation_split": 0.5}
+    ledger = model().fit(x, y, run_dir=tmp_path / "run", **options).ledger
+    found = ledger.worst_slices()
+    assert found.rows[0].groups == (("language", "fr"), ("site", "east"))
+    assert found.rows[0].p < 1e-4
+    assert found.samples == N // 2
+    opened = ll.Ledger.open(tmp_path / "run")
+    assert opened.worst_slices() == found
+    # The groups are written once, not every epoch.
+    assert len(list((tmp_path / "run" / "groups").glob("*.parquet"))) == 1
+    columns = opened._groups().columns()
+    assert len(columns["sample"].values) == 3 * N
+    held = opened.worst_slices(split="validation", epoch=2)
+    top = opened.top_losses(N, split="validation", epoch=2)
+    sites = np.array([groups["site"][row["sample"]] == "east" for row in top])
+    losses = np.array([row["loss"] for row in top])
+    row = next(row for row in opened.worst_slices(100, "validation", 2, depth=1) if row.groups == (("site", "east"),))
+    assert (row.count, row.mean) == (sites.sum(), pytest.approx(losses[sites].mean(), rel=1e-12))
+    assert held.samples == len(losses) == N // 2
+
+
+def test_batches_of_a_loader_have_the_slices_of_their_arrays():
+    x, y, groups = planted()
+    one, other = model(), model()
+    one.evaluate(x, y, verbose=0, samples=True, groups=groups)
+    batches = [
+        ll.Batch(x[i : i + 32], y[i : i + 32], groups={kind: ids[i : i + 32] for kind, ids in groups.items()})
+        for i in range(0, N, 32)
+    ]
+    other.evaluate(batches, verbose=0, samples=True)
+    assert other.ledger.worst_slices() == one.ledger.worst_slices()
+
+
+def test_groups_can_be_given_to_a_ledger_of_samples():
+    x, y, groups = planted()
+    made = model()
+    made.evaluate(x, y, verbose=0, samples=True, groups=groups)
+    expected = made.ledger.worst_slices()
+    made.evaluate(x, y, verbose=0, samples=True)
+    with pytest.raises(InputError, match="no groups of the samples of 'test'"):
+        made.ledger.worst_slices()
+    by_sample = {kind: {i: str(name) for i, name in enumerate(ids)} for kind, ids in sorted(groups.items())}
+    assert made.ledger.worst_slices(groups=by_sample) == expected
+    del by_sample["site"][5]
+    assert made.ledger.worst_slices(100, groups=by_sample, depth=1, minimum_count=2).tested == 12
+    made.evaluate(x, y, verbose=0, groups=groups)
+    with pytest.raises(InputError, match="no samples"):
+        made.ledger.worst_slices()
+
+
+def test_a_resumed_run_has_the_group_of_every_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    x, y, groups = planted()
+
+    class Killed(BaseException):
+        """Nothing of the library catches it."""
+
+    class Kill(ll.callbacks.Callback):
+        left = 9
+
+        def on_train_batch_begin(self, batch, logs):
+            self.left -= 1
+            if not self.left:
+                raise Killed
+
+    def fitted(folder, **options):
+        given = {"epochs": 2, "batch_size": 200, "seed": 3, "verbose": 0, "samples": True, "groups": groups}
+        return model().fit(x, y, run_dir=tmp_path / folder, **given, **options).ledger
+
+    backup = ll.callbacks.BackupAndRestore(save_freq=1)
+    for moment in (4, 9):
+        Kill.left = moment
+        with pytest.raises(Killed):
+            fitted(f"run {moment}", callbacks=[Kill(), backup])
+        resumed = fitted(f"run {moment}", callbacks=[backup], resume=True)
+        whole = fitted(f"whole {moment}")
+        for epoch in (1, 2):
+            assert resumed.worst_slices(epoch=epoch) == whole.worst_slices(epoch=epoch)
+        assert len(resumed._groups().columns()["sample"].values) == 3 * N

@@ -15,6 +15,7 @@ from lossledger.ledger import query, segments
 from lossledger.ledger.columns import INTEGER, REAL, TEXT, Column, Columns, Records, grouped, joined
 from lossledger.ledger.diff import Diff, Side, difference
 from lossledger.ledger.samples import SampleBook, Samples, stacked, top_losses
+from lossledger.ledger.sliced import GroupBook, Sliced
 from lossledger.ledger.table import Table, exact_sum, roll_up
 
 _SQL_TYPES = {"str": TEXT, "int": INTEGER, "int | None": INTEGER, "float": REAL}
@@ -106,14 +107,14 @@ class _Book:
         self.info = info
         self.rows = Records(Row, ROW_COLUMNS, OPTIONAL, rows)
         self.metrics = Records(MetricRow, METRIC_COLUMNS, frozenset(), metrics)
-        self.samples = SampleBook()
+        self.samples, self.groups = SampleBook(), GroupBook()
 
     def epoch_rows(self, split: str, epoch: int) -> list[Row]:
         """The rows of a whole epoch."""
         return self.rows.where(split=split, epoch=epoch, step=None)
 
 
-class Ledger:
+class Ledger(Sliced):
     """The entries of a run, append-only; opened from a folder of runs, those of several.
 
     Args:
@@ -177,6 +178,7 @@ class Ledger:
             LedgerError: the folder cannot be written to.
         """
         self._only_book("save").samples.save(_absolute(path))
+        self._only_book("save").groups.save(_absolute(path))
 
     def top_losses(
         self, k: int = 20, split: str | None = None, epoch: int | None = None, term: str | None = None
@@ -198,6 +200,9 @@ class Ledger:
             UnknownNameError: no such term.
         """
         return top_losses(self.samples, k, split, epoch, term)
+
+    def _groups(self) -> GroupBook:
+        return self._only_book("take the groups of").groups
 
     @property
     def info(self) -> dict[str, Any]:
@@ -292,6 +297,7 @@ class Ledger:
             segments.write_segment(folder / "metrics", book.metrics.after(metrics))
         self._written[folder] = (rows, len(book.metrics))
         book.samples.save(folder)
+        book.groups.save(folder)
         self._path = folder
         return folder
 
@@ -480,7 +486,7 @@ def _read_book(folder: Path, run: str | None = None) -> _Book:
     rows = segments.read_segments(folder / "ledger", ROW_COLUMNS, OPTIONAL)
     metrics = segments.read_segments(folder / "metrics", METRIC_COLUMNS)
     book = _Book(run or content["run"], content["info"], rows, metrics)
-    book.samples = SampleBook(folder)
+    book.samples, book.groups = SampleBook(folder), GroupBook(folder)
     return book
 
 

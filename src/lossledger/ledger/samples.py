@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lossledger.errors import InputError, LedgerError, UnknownNameError
 from lossledger.ledger import segments
@@ -73,7 +73,9 @@ def sample_columns(term: str, split: str, epoch: int, values: Mapping[str, NDArr
     return found
 
 
-def stacked(parts: list[Columns]) -> Columns:
+def stacked(
+    parts: list[Columns], kinds: Mapping[str, str] = SAMPLE_COLUMNS, optional: frozenset[str] = OPTIONAL
+) -> Columns:
     """The rows of all parts, one after another; no part: no row."""
     import numpy as np
 
@@ -81,8 +83,8 @@ def stacked(parts: list[Columns]) -> Columns:
         return {name: joined([part[name] for part in parts]) for name in parts[0]}
     empty = {kind: np.zeros(0, np.float64 if kind == REAL else np.int64) for kind in (TEXT, INTEGER, REAL)}
     return {
-        name: Column(kind, empty[kind], (), np.zeros(0, bool) if name in OPTIONAL else None)
-        for name, kind in SAMPLE_COLUMNS.items()
+        name: Column(kind, empty[kind], (), np.zeros(0, bool) if name in optional else None)
+        for name, kind in kinds.items()
     }
 
 
@@ -92,6 +94,10 @@ class SampleBook:
     Args:
         run: folder of the run that holds them already, if any.
     """
+
+    _folder: ClassVar[str] = FOLDER
+    _kinds: ClassVar[Mapping[str, str]] = SAMPLE_COLUMNS
+    _optional: ClassVar[frozenset[str]] = OPTIONAL
 
     def __init__(self, run: Path | None = None) -> None:
         self._run = run
@@ -112,12 +118,12 @@ class SampleBook:
         """
         read = None
         if self._run is not None:
-            folder = self._run / FOLDER
+            folder = self._run / self._folder
             gone = sorted(self._sealed - set(segments.segment_names(folder)))
             if gone:
                 raise LedgerError(f"{folder / gone[0]} is gone; expected the segment that this ledger sealed there.")
-            read = segments.read_segments(folder, SAMPLE_COLUMNS, OPTIONAL)
-        return stacked([*([] if read is None else [read]), *self._new])
+            read = segments.read_segments(folder, self._kinds, self._optional)
+        return stacked([*([] if read is None else [read]), *self._new], self._kinds, self._optional)
 
     def save(self, run: Path) -> None:
         """Write what the folder of a run lacks as one segment.
@@ -128,14 +134,15 @@ class SampleBook:
         if self._run is None or self._run == run:
             if self._new:
                 rows = stacked(self._new)
-                self._sealed.add(segments.write_segment(run / FOLDER, rows).name)
+                self._sealed.add(segments.write_segment(run / self._folder, rows).name)
                 self._new = []
             self._run = run
             return
         rows, known = self.columns(), self._elsewhere.get(run, 0)
         size = len(rows["sample"].values)
         if size > known:
-            segments.write_segment(run / FOLDER, {n: column.taken(slice(known, None)) for n, column in rows.items()})
+            lacking = {n: column.taken(slice(known, None)) for n, column in rows.items()}
+            segments.write_segment(run / self._folder, lacking)
         self._elsewhere[run] = size
 
 

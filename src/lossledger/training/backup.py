@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Share of the time that checkpoints may take, where nobody says how often to write them.
 SHARE = 0.01
-_LEDGERS = ("ledger", "metrics", "samples")
+_LEDGERS = ("ledger", "metrics", "samples", "groups")
 
 
 @dataclass(slots=True, eq=False)

@@ -208,6 +208,10 @@ def post(
     if result.samples is not None:
         found = result.samples.columns(result.tallies, split, epoch)
         ledger.append_samples(found if pooled is None else stacked(pooled.gather(found)))
+        grouped = (result.samples.ids, result.grouped)
+        for ids, groups in [grouped] if pooled is None else pooled.gather(grouped):
+            if groups:
+                ledger.append_groups(split, ids, groups)
     ledger.append(
         [
             *posting.rows(objective, result.tallies, split, epoch),

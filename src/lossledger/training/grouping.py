@@ -51,10 +51,12 @@ class Grouping:
     Args:
         objective: knows the terms.
         names: the groups of the data.
+        keep: keep which sample is in which group too.
     """
 
-    def __init__(self, objective: Objective, names: Names) -> None:
-        self._objective, self._names = objective, names
+    def __init__(self, objective: Objective, names: Names, keep: bool = False) -> None:
+        self._objective, self._names, self._keep = objective, names, keep
+        self._kept: dict[str, list[Tensor]] = {}
         self._kinds: tuple[str, ...] | None = None
         self._step: list[tuple[Mapping[str, Tensor], dict[str, Tensor]]] = []
         self._sums: dict[tuple[str, str], Tensor] = {}
@@ -105,6 +107,8 @@ class Grouping:
     def add(self, bad: Tensor | None = None) -> None:
         """Add the step whose batches were collected; of one that was left out, as `bad` says, nothing counts."""
         for codes, rows in self._step:
+            for kind, index in codes.items() if self._keep else ():
+                self._kept.setdefault(kind, []).append(index)
             for term, values in rows.items():
                 kept = values if bad is None else torch.where(bad, torch.zeros_like(values), values)
                 for kind, index in codes.items():
@@ -128,6 +132,7 @@ class Grouping:
             "cells": self._cells,
             "sums": list(self._sums.items()),
             "names": self._names.state_dict(),
+            "kept": {kind: torch.cat([part.cpu() for part in parts]) for kind, parts in self._kept.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -135,6 +140,15 @@ class Grouping:
         self._kinds, self._cells = state["kinds"], dict(state["cells"])
         self._sums = {key: sums.to(device, copy=True) for key, sums in state["sums"]}
         self._names.load_state_dict(state["names"])
+        self._kept = {kind: [index] for kind, index in state["kept"].items()}
+
+    def kept(self) -> dict[str, list[str]]:
+        """By kind, the group of each sample of this process, in the order in which they were taken."""
+        found = {}
+        for kind, parts in self._kept.items():
+            names = np.array(self._names.of(kind), dtype=object)
+            found[kind] = names[torch.cat([part.cpu() for part in parts]).numpy()].tolist()
+        return found
 
     def read(self) -> list[GroupSums]:
         """The sums of this process, on the host."""

@@ -58,6 +58,7 @@ class PassResult:
         intervals: the tallies of parts of the pass by their last step, if they were asked for.
         samples: what each sample told, where that is kept.
         groups: the sums by named group.
+        grouped: by kind, the group of each of the samples.
     """
 
     tallies: dict[str, Tally]
@@ -68,6 +69,7 @@ class PassResult:
     intervals: Closed = field(default_factory=list)
     samples: Sampling | None = None
     groups: list[GroupSums] = field(default_factory=list)
+    grouped: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Pass:
@@ -100,7 +102,7 @@ class Pass:
         self.samples = samples
         self.running = Running(device)
         self.intervals = None if every is None else Intervals(every, device)
-        self.grouping = None if names is None else Grouping(objective, names)
+        self.grouping = None if names is None else Grouping(objective, names, samples is not None)
         self.measures = Measures(objective, plans)
         self._measured = bool(plans)
         self._differs: Tensor | None = None
@@ -212,7 +214,8 @@ class Pass:
         intervals = [(step, in_order(self.objective, part)) for step, part in closed]
         sums = [] if self.grouping is None else grouping.of_all_ranks(group.gather(self.grouping.read()))
         seconds = time.perf_counter() - self.started
-        return PassResult(tallies, logs, measured, steps, seconds, intervals, self.samples, sums)
+        grouped = {} if self.grouping is None else self.grouping.kept()
+        return PassResult(tallies, logs, measured, steps, seconds, intervals, self.samples, sums, grouped)
 
     def empty(self) -> bool:
         """Whether no rank had a batch."""

@@ -183,6 +183,12 @@ class Sampling:
         self._ids = [state["ids"].numpy()] if len(state["ids"]) else []
         self._fields = {t: {n: [v.numpy()] for n, v in f.items()} for t, f in state["fields"].items()}
 
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The number of each sample, in the order in which they were taken."""
+        self.flush()
+        return _joined(self._ids) if self._ids else np.zeros(0, np.int64)
+
     def columns(self, tallies: Mapping[str, Tally], split: str, epoch: int) -> Columns:
         """The rows of the pass for the ledger.
 
