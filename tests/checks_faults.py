@@ -91,6 +91,17 @@ few = (torch.arange(2000) < 16).long() * 2 + (torch.arange(2000) % 2) * (torch.a
 few_logits = F.one_hot(few, 3).float() * 8 + normal(2000, 3, scale=0.1)
 few_logits[:16, 2] = -8.0
 
+
+def ended(samples, steps):
+    """Labels of 1 to 4, then 0 for the end and for the padding after it."""
+    lengths = torch.arange(samples) % (steps - 2) + 2
+    return torch.where(torch.arange(steps) < lengths.unsqueeze(1), labels(samples, steps, classes=4) + 1, 0)
+
+
+def sequences(loss, end, **more):
+    return given(loss, ended(8, 7), normal(8, 7, 5), end_of_sequence=end, **more)
+
+
 FAULTS: dict[str, tuple[str, Setup]] = {
     # --- shapes
     "another number of samples": ("SHAPE1", lambda: given("mse", normal(7, 1), normal(8, 1))),
@@ -488,6 +499,27 @@ FAULTS: dict[str, tuple[str, Setup]] = {
         "TOK1",
         lambda: given(nn.CrossEntropyLoss(), bad_at(labels(8, 7, classes=5), 2, 6, value=-100), normal(8, 5, 7)),
     ),
+    "ends masked with the padding": (
+        "TOK2",
+        lambda: sequences(L.SparseCategoricalCrossentropy(**LOGITS), 0, mask=ended(8, 7) != 0),
+    ),
+    "ends ignored with the padding": (
+        "TOK2",
+        lambda: sequences(L.SparseCategoricalCrossentropy(ignore_class=0, **LOGITS), 0),
+    ),
+    "ends of weight 0": (
+        "TOK2",
+        lambda: sequences(L.SparseCategoricalCrossentropy(**LOGITS), 0, sample_weight=(ended(8, 7) != 0).float()),
+    ),
+    "ends that are no label, torch": (
+        "TOK2",
+        lambda: given(
+            nn.CrossEntropyLoss(),
+            torch.where(ended(8, 7) == 0, -100, ended(8, 7)),
+            normal(8, 5, 7),
+            end_of_sequence=0,
+        ),
+    ),
     "images without labels": (
         "TOK1",
         lambda: given(
@@ -566,4 +598,17 @@ NEAR: dict[str, Setup] = {
     ),
     "PREC1": lambda: given("mse", normal(32, 3).bfloat16(), normal(32, 3, seed=3).bfloat16()),
     "TOK1": lambda: given("mse", normal(8, 7, 2), normal(8, 7, 2, seed=3), mask=torch.arange(8) != 3),
+    # Masked by length, the ends stay.
+    "TOK2": lambda: sequences(
+        L.SparseCategoricalCrossentropy(**LOGITS),
+        0,
+        mask=torch.arange(7) <= (ended(8, 7) != 0).sum(1, keepdim=True),
+    ),
+    "TOK2 columns": lambda: (
+        given(L.CategoricalCrossentropy(**LOGITS), nn.functional.one_hot(ended(8, 7), 5).float(), normal(8, 7, 5))
+        | {"end_of_sequence": 9}
+    ),
+    "TOK2 without positions": lambda: given(
+        nn.CrossEntropyLoss(), labels(32, classes=4), normal(32, 4), end_of_sequence=9
+    ),
 }

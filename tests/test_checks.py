@@ -18,7 +18,7 @@ from checks_faults import FAULTS, NEAR
 from lossledger.cli import main
 from lossledger.errors import CheckError, InputError, NonFiniteError, UnknownNameError
 from lossledger.explain.checks.probe import can_be_called_again
-from lossledger.explain.checks.registry import CODES, RULES
+from lossledger.explain.checks.registry import CODES, FAMILIES, RULES
 
 L = ll.losses
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "checks"
@@ -62,6 +62,13 @@ def test_every_code_has_a_fault_and_a_near_miss():
     assert {"REC1"} == ONLY_EPOCHS
     assert len(CORRECT) >= 60
     assert len(FAULTS) >= 60
+
+
+def test_every_family_is_there():
+    named = {"SHAPE", "AXIS", "SPACE", "FLOOR", "RED", "DEN", "W", "GA", "SCALE", "TERM", "NAN", "CLS", "REC", "DUP"}
+    assert set(FAMILIES) == named | {"PREC", "TOK"}
+    for family in FAMILIES:
+        assert any(re.fullmatch(rf"{family}\d+", code) for code in CODES)
 
 
 def test_the_page_shows_the_measured_rates():
@@ -110,6 +117,8 @@ def test_codes_are_ignored_by_name():
     setup = FAULTS["softmax twice, torch, 4 classes"][1]()
     assert ll.check(**setup, ignore=("SPACE1",)) == []
     assert ll.check(**setup, ignore="SPACE1") == []
+    assert ll.check(**setup, ignore="SPACE") == []
+    assert ll.check(**setup, ignore=("TERM", "W")) != []
     with pytest.raises(UnknownNameError, match="SPACE1"):
         ll.check(**setup, ignore=("SPACE9",))
 
@@ -393,3 +402,15 @@ def test_the_command_checks_a_file(tmp_path):
     logged = CliRunner().invoke(main, ["check", str(path), *loss, "--logged", "1000"])
     assert logged.exit_code == 0
     assert logged.output.startswith("SCALE1 note: ")
+
+
+def test_the_command_is_told_the_end_of_a_sequence(tmp_path):
+    path = tmp_path / "arrays.npz"
+    words = labels(4, 6, classes=3) + 1
+    words[:, 4:] = 0
+    np.savez(path, y_true=words, y_pred=normal(4, 6, 4), mask=words != 0)
+    loss = ["--loss", "SparseCategoricalCrossentropy", "--from-logits", "--end-of-sequence", "0"]
+    result = CliRunner().invoke(main, ["check", str(path), *loss])
+    assert result.exit_code == 1
+    assert "TOK2 warning: " in result.output
+    assert CliRunner().invoke(main, ["check", str(path), *loss, "--ignore", "TOK"]).exit_code == 0

@@ -347,6 +347,36 @@ COUPLED = {
 }
 
 
+def of_pixels():
+    return torch.eye(C)[labels(B, T)], soft(B, T, C)
+
+
+# Losses of areas: what the documentation of each says of its axes.
+AREAS = {
+    "FocalTversky": "batch-coupled",
+    "LogCoshDice": "batch-coupled",
+    "AsymmetricFocalTversky": "mean",
+    "AsymmetricUnifiedFocal": "mean",
+    "GeneralizedDice": "mean",
+    "LovaszHinge": "mean",
+    "LovaszSoftmax": "mean",
+}
+
+
+@pytest.mark.parametrize("name", AREAS)
+def test_our_losses_of_areas(name):
+    found = ll.fingerprint(getattr(ll.losses, name)(), *of_pixels())
+    assert found.name == AREAS[name], str(found)
+
+
+def test_every_loss_of_ours_is_here():
+    probed = {type(row.make()) for row in OURS.values()} | {type(loss) for loss, _ in COUPLED.values()}
+    named = {getattr(ll.losses, name) for name in ll.losses.__all__ if name[0].isupper()}
+    missing = {one.__name__ for one in named - probed} - set(AREAS)
+    # The base class, sums of losses (below), and the form that torch's own losses take here (above).
+    assert missing == {"Loss", "Expression", "TorchLoss"}
+
+
 @pytest.mark.parametrize("name", COUPLED)
 def test_our_losses_that_couple_the_batch(name):
     loss, inputs = COUPLED[name]

@@ -149,9 +149,10 @@ def _chosen(loss: str, from_logits: bool) -> Any:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--loss", required=True, help="Name of a loss, for example mse or BinaryCrossentropy.")
 @click.option("--from-logits", is_flag=True, help="The predictions are logits.")
-@click.option("--ignore", multiple=True, help="A code to leave out; several times for several.")
+@click.option("--ignore", multiple=True, help="A code, or a family such as CLS, to leave out.")
 @click.option("--logged", type=float, help="The loss that another program printed for these arrays.")
 @click.option("--accumulate", default=1, show_default=True, help="Micro-batches that a loop would make of them.")
+@click.option("--end-of-sequence", type=int, help="The class that ends a sequence.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(
     file: Path,
@@ -160,6 +161,7 @@ def check(
     ignore: tuple[str, ...],
     logged: float | None,
     accumulate: int,
+    end_of_sequence: int | None,
     as_json: bool,
 ) -> None:
     """Print what looks wrong about FILE, an .npz of y_true, y_pred, sample_weight, mask, class_weight.
@@ -182,6 +184,7 @@ def check(
         ignore,
         logged,
         accumulate,
+        end_of_sequence,
     )
     if as_json:
         click.echo(json.dumps([finding.to_dict() for finding in found], indent=1))

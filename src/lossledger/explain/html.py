@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lossledger.explain.text import group_rows, reference_rows, shape_text
 from lossledger.report.numbers import display
+from lossledger.report.templating import environment
 
 if TYPE_CHECKING:
     from lossledger.explain.explanation import Explanation
@@ -19,15 +20,7 @@ def as_html(explanation: Explanation) -> str:
     Args:
         explanation: what to show.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("lossledger.explain", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(display=display, shape=shape_text)
-    template = environment.get_template("explanation.html")
+    found = environment("lossledger.explain")
+    found.filters.update(display=display, shape=shape_text)
+    template = found.get_template("explanation.html")
     return template.render(found=explanation, groups=group_rows, levels=reference_rows, most=MOST_GROUPS)

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from lossledger.errors import LedgerError
 from lossledger.ledger import Ledger
-from lossledger.ledger.table import clean
 from lossledger.report import text
 from lossledger.report.charts import curve_specification, draw, runtime
 from lossledger.report.numbers import Style, display
+from lossledger.report.templating import environment
 from lossledger.report.view import Picture, ReportView, RunView, build_view
 
 if TYPE_CHECKING:
@@ -169,17 +169,8 @@ def _picture(path: Path, entry: dict[str, str], run: str) -> Picture:
 
 
 def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("lossledger.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
-    environment.filters.update(
+    found = environment("lossledger.report")
+    found.filters.update(
         display=_display,
         minus=_minus,
         raw=_raw,
@@ -191,11 +182,7 @@ def _environment() -> Environment:
         bar=_bar,
         widest=_widest,
     )
-    return environment
-
-
-def _shown(value: object) -> object:
-    return clean(value) if type(value) is str else value
+    return found
 
 
 def _display(value: float | None, style: Style = "number", digits: int = 3) -> str:

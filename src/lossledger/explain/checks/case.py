@@ -136,12 +136,14 @@ class Case:
         terms: one a term.
         logged: a number that another program printed for the same arrays, or `None`.
         accumulate: micro-batches that a training loop would split the arrays into.
+        end: the class that ends a sequence, where the caller knows it.
     """
 
     objective: Objective
     terms: tuple[TermCase, ...]
     logged: float | None = None
     accumulate: int = 1
+    end: int | None = None
 
     @property
     def understood(self) -> list[TermCase]:
@@ -158,6 +160,7 @@ def understand(
     logged: float | None = None,
     accumulate: int = 1,
     again: bool = False,
+    end: int | None = None,
 ) -> Case:
     """Everything that the rules read, from what a loss is called with.
 
@@ -170,6 +173,7 @@ def understand(
         logged: another program's number.
         accumulate: micro-batches.
         again: the losses have been called with this batch; those that remember their calls are left alone.
+        end: the class that ends a sequence.
     """
     outputs, _ = unpacked(y_pred)
     if objective.structure == "one" and isinstance(outputs, list | tuple):
@@ -204,7 +208,7 @@ def understand(
             probeable=can_be_called_again(plan.loss),
         )
         terms.append(term if again and not term.probeable else _understood(term))
-    return Case(objective, tuple(terms), logged, accumulate)
+    return Case(objective, tuple(terms), logged, accumulate, end)
 
 
 def _understood(term: TermCase) -> TermCase:

@@ -44,6 +44,8 @@ RULES: tuple[Rule, ...] = (
     Rule("DUP1", "samples counted twice", "arrays", values.repeated_tail),
     Rule("PREC1", "values in half precision", "batch", values.low_precision),
     Rule("TOK1", "samples without any target", "batch", values.samples_without_targets),
+    Rule("TOK2", "end of a sequence that is never a target", "arrays", values.end_never_a_target),
 )
 
 CODES = tuple(dict.fromkeys(rule.code for rule in RULES))
+FAMILIES = tuple(dict.fromkeys(rule.family for rule in RULES))

@@ -9,7 +9,7 @@ from lossledger.errors import InputError, UnknownNameError
 from lossledger.explain.checks.case import Case, understand
 from lossledger.explain.checks.epochs import Epochs
 from lossledger.explain.checks.finding import Finding
-from lossledger.explain.checks.registry import CODES, RULES
+from lossledger.explain.checks.registry import CODES, FAMILIES, RULES
 from lossledger.objective import Objective
 
 
@@ -22,6 +22,7 @@ def check(
     ignore: Iterable[str] = (),
     logged: float | None = None,
     accumulate: int = 1,
+    end_of_sequence: int | None = None,
 ) -> list[Finding]:
     """What looks wrong about a loss, its data and its weights.
 
@@ -31,9 +32,10 @@ def check(
         y_pred: predictions; attached to their graph, the last operation of the model is seen too.
         sample_weight: as in a call.
         mask: as in a call.
-        ignore: codes to leave out.
+        ignore: codes to leave out, or families of them, such as `"CLS"`.
         logged: the loss that another program printed for these arrays.
         accumulate: number of micro-batches that a loop would split these arrays into.
+        end_of_sequence: the class that ends a sequence, to be told where it is never a target.
 
     Returns:
         findings in the order of the catalogue; none where nothing looks wrong. Each code has a page in
@@ -54,7 +56,7 @@ def check(
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise InputError(f"accumulate: expected a whole number from 1, received {accumulate!r}.")
     objective = loss_or_objective if isinstance(loss_or_objective, Objective) else Objective(loss_or_objective)
-    case = understand(objective, y_true, y_pred, sample_weight, mask, logged, accumulate)
+    case = understand(objective, y_true, y_pred, sample_weight, mask, logged, accumulate, end=end_of_sequence)
     found = findings(case, ("batch", "arrays"), ())
     explained = {finding.data.get("term") for finding in found if finding.severity == "error"}
     for term in case.terms:
@@ -77,13 +79,13 @@ def findings(subject: Case | Epochs, runs: Collection[str], ignore: Collection[s
 
 
 def known_codes(codes: Iterable[str]) -> frozenset[str]:
-    """Codes, each of which exists.
+    """Codes, each of which exists; a family stands for all of its codes.
 
     Raises:
         UnknownNameError: one that does not.
     """
     given = (codes,) if isinstance(codes, str) else tuple(codes)
     for code in given:
-        if code not in CODES:
-            raise UnknownNameError("code of a check", code, CODES)
-    return frozenset(given)
+        if code not in CODES and code not in FAMILIES:
+            raise UnknownNameError("code of a check", code, (*CODES, *FAMILIES))
+    return frozenset(rule.code for rule in RULES if rule.code in given or rule.family in given)

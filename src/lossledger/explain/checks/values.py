@@ -178,6 +178,39 @@ def samples_without_targets(case: Case) -> Iterator[Finding]:
             )
 
 
+def end_never_a_target(case: Case) -> Iterator[Finding]:
+    """TOK2: the class that ends a sequence, where the caller named it, is a target nowhere."""
+    if case.end is None:
+        return
+    for term in case.understood:
+        labels, weights = term.y_true, term.weighting
+        if weights is None or len(weights.shape) < 3 or not term.exclusive:
+            continue
+        if labels.shape != weights.shape[:-1]:
+            labels = labels.squeeze(-1) if labels.shape == (*weights.shape[:-1], 1) else labels
+        if labels.shape != weights.shape[:-1]:
+            # Targets as probabilities name no class.
+            continue
+        product = weights.product
+        counts = torch.ones_like(labels, dtype=torch.bool)
+        if product is not None:
+            counts = (product != 0).expand(weights.shape).any(-1)
+        ends = labels.eq(case.end)
+        if bool((ends & counts).any()):
+            continue
+        hidden = int(ends.sum())
+        where = f"at {hidden:,} places it is a label that does not count" if hidden else "it is no label anywhere"
+        share = float(counts.double().mean())
+        yield Finding(
+            "TOK2",
+            "warning",
+            f"{term.name}: class {case.end}, the end of a sequence, is a target in 0 of {term.samples} samples "
+            f"({where}); {share:.1%} of all entries are targets. The model never learns to stop.",
+            "Give padding a label of its own, so that ignoring it does not take the ends out too.",
+            {"term": term.name, "end": case.end, "hidden": hidden, "share": share},
+        )
+
+
 def _given_by_sample(term: TermCase, empty: Tensor) -> bool:
     """Whether a weight of 0 for the whole sample already says that it is left out."""
     weight = None if term.weighting is None else term.weighting.weight
