@@ -369,12 +369,20 @@ def test_our_losses_of_areas(name):
     assert found.name == AREAS[name], str(found)
 
 
+@pytest.mark.parametrize("reduction", MASKED)
+def test_a_loss_of_hidden_states(reduction):
+    loss = ll.losses.LinearCrossentropy(nn.Linear(C, 6), reduction=reduction)
+    y_true, y_pred = torch.randint(0, 6, (B, T)), normal(B, T, C)
+    assert ll.fingerprint(loss, y_true, y_pred).name == PLAIN[reduction]
+    assert ll.fingerprint(loss, y_true, y_pred, MASK).name == MASKED[reduction]
+
+
 def test_every_loss_of_ours_is_here():
     probed = {type(row.make()) for row in OURS.values()} | {type(loss) for loss, _ in COUPLED.values()}
     named = {getattr(ll.losses, name) for name in ll.losses.__all__ if name[0].isupper()}
     missing = {one.__name__ for one in named - probed} - set(AREAS)
-    # The base class, sums of losses (below), and the form that torch's own losses take here (above).
-    assert missing == {"Loss", "Expression", "TorchLoss"}
+    # The base class, sums of losses (below), hidden states and torch's own losses (above).
+    assert missing == {"Loss", "Expression", "TorchLoss", "LinearCrossentropy"}
 
 
 @pytest.mark.parametrize("name", COUPLED)
