@@ -172,6 +172,22 @@ def test_class_weight():
         ll.explain(ll.Objective(sparse), LABELS, SCORES, class_weight=weights)
 
 
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum"])
+@pytest.mark.parametrize("loss", [L.BinaryCrossentropy, L.BinaryFocalCrossentropy])
+def test_class_weight_by_column(loss, reduction):
+    weights = np.array([1.0, 4.0, 0.5, 2.0, 9.0])
+    term = only(ll.explain(loss(from_logits=True, reduction=reduction), Y, Z, class_weight=list(weights)))
+    levels = {level.name: level.value for level in term.references}
+    # The weight of a column does not change how often its class occurs.
+    rates = torch.as_tensor(Y.mean((0, 1, 2)))
+    constant = loss(from_logits=True, reduction=reduction)(Y, rates.logit().expand(Y.shape), sample_weight=None)
+    assert levels["base rate"] != pytest.approx(float(constant))
+    weighted = ll.Objective(loss(from_logits=True, reduction=reduction), class_weight=list(weights))
+    assert levels["base rate"] == pytest.approx(
+        float(weighted(torch.as_tensor(Y), rates.logit().expand(Y.shape)).total)
+    )
+
+
 # --- levels -------------------------------------------------------------------------------------------------------
 
 

@@ -119,7 +119,7 @@ def _entry_weights(loss: Loss, batch: Aligned, shape: torch.Size) -> Tensor:
     product = loss._entry_weight(batch)
     if product is None:
         return torch.ones(shape, dtype=torch.float64, device=batch.prediction.raw.device)
-    return product.double().expand(shape) if product.ndim == len(shape) else product.double().reshape(1).expand(shape)
+    return product.double().expand(shape)
 
 
 def _frequencies(targets: Tensor, weights: Tensor) -> Tensor:
