@@ -96,6 +96,30 @@ def test_every_page_is_on_the_map() -> None:
     assert pages <= {link.partition("#")[0] for link in linked}
 
 
+QUESTIONS = {
+    "batch-size": "Does the loss double when I double the batch size? Is it a sum or a mean?",
+    "what-is-averaged-first": "5 classes × pixels × batch: what is averaged first?",
+    "where-did-it-go": "My loss is 1 % but class 5 has 23 % IoU: where did it go?",
+    "scalar-or-per-sample": "Must my custom loss return a scalar or one value per sample?",
+    "progress-bar": "What is that running number in the progress bar?",
+    "several-outputs": "Several outputs, weights per output, regularizers: what is the total?",
+    "frameworks": "Keras 2, Keras 3, PyTorch and my Trainer print different losses",
+    "gradient": "Accumulation, DDP, an uneven last batch change my gradient",
+}
+
+
+def test_every_question_has_its_page() -> None:
+    """With the question as it is asked, code that runs, and a place on the map."""
+    folder = ROOT / "docs" / "questions"
+    assert {page.stem for page in folder.glob("*.md")} == set(QUESTIONS)
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    for name, question in QUESTIONS.items():
+        page = folder / f"{name}.md"
+        assert page.read_text(encoding="utf-8").startswith(f"# {question}\n")
+        assert len(blocks(page, "python")) >= 3
+        assert f"- [{question}](questions/{name}.md)" in index
+
+
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_commands_are_targets_of_the_makefile(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
