@@ -31,6 +31,7 @@ class Recipe:
         regularizers: as in `compile`.
         class_names: as in `compile`.
         output_names: names of the outputs of a list.
+        reproducible: as in `compile`.
     """
 
     loss: Any
@@ -40,11 +41,18 @@ class Recipe:
     regularizers: Any
     class_names: Sequence[str] | None
     output_names: Sequence[str] | None
+    reproducible: bool = False
 
     def objective(self, class_weight: Any = None) -> Objective:
         """The objective, with class weights if there are any."""
         return Objective(
-            self.loss, self.loss_weights, self.regularizers, class_weight, self.output_names, self.class_names
+            self.loss,
+            self.loss_weights,
+            self.regularizers,
+            class_weight,
+            self.output_names,
+            self.class_names,
+            self.reproducible,
         )
 
 

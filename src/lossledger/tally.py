@@ -16,18 +16,30 @@ Because statistics add, the same `+` merges micro-batches, ranks and epochs, in 
 
 Nothing here imports torch: statistics may be Python numbers, fractions, NumPy arrays or torch tensors, which is also
 how the laws are tested exactly.
+
+Sums of floating-point numbers depend on their order in the last bits. A tally on a *grid* does not: its numbers are
+held as multiples of fixed powers of two, which add without rounding.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import Counter
-from collections.abc import Hashable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from lossledger.errors import InputError
+
+GRID = (2.0**-6, 2.0**-24, 2.0**-42, 2.0**-60)
+"""The steps of the grids, coarse to fine. What one leaves of a number is at most half of its step, so that 2^36 rests
+add up to less than 2^53 steps of the next, and float64 adds them without rounding; the coarse grid reaches to 2^47."""
+
+GRID_LIMIT = 2.0**47
+GRID_ENTRIES = 2**36
 
 Number = Any
 """A Python number, a fraction, a NumPy scalar or array, or a torch tensor."""
@@ -152,6 +164,49 @@ def _sum(values: Number) -> Number:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """The sums of a tally on fixed grids: the same bits in any order and any grouping of the additions.
+
+    Args:
+        parts: a tally for each of `GRID`, whose numbers are multiples of its step; the tally is their sum.
+        size: Σ |number| of the coarse part, over all its numbers; the sums are exact while it is below `GRID_LIMIT`.
+        entries: how many numbers were added in each place; the sums are exact while it is below `GRID_ENTRIES`.
+    """
+
+    parts: tuple[Tally, ...]
+    size: Number
+    entries: int
+
+    def __add__(self, other: Grid) -> Grid:
+        parts = tuple(map(operator.add, self.parts, other.parts))
+        return Grid(parts, self.size + other.size, self.entries + other.entries)
+
+    def map(self, change: Callable[[Tally], Tally], number: Callable[[Number], Number] | None = None) -> Grid:
+        """The grid with other parts, and another size."""
+        size = self.size if number is None else number(self.size)
+        return Grid(tuple(map(change, self.parts)), size, self.entries)
+
+    def tally(self) -> Tally:
+        """The tally that the parts add up to: fine parts first, always in this order."""
+        return replace(functools.reduce(operator.add, reversed(self.parts)), grid=self)
+
+    def check(self) -> None:
+        """The sums are exact; reads a value.
+
+        Raises:
+            InputError: they are too large, so that their last bits may depend on the order.
+        """
+        size, entries = float(self.size), int(self.entries)
+        if (size < GRID_LIMIT and entries < GRID_ENTRIES) or size != size or self.parts[0].nonfinite > 0:
+            return
+        raise InputError(
+            f"reproducible=True: expected sums below 2^47 (1.4e14) in magnitude and fewer than 2^36 samples, received "
+            f"{size:.3g} and {entries}; beyond, bits depend on the order of the additions. Rescale the loss or "
+            "the weights, or compile with reproducible=False."
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Tally:
     """What a part of the data adds up to; tallies of unequal parts add with `+` to the tally of the whole.
 
@@ -170,6 +225,8 @@ class Tally:
         groups: how the tally divides over groups.
         statistics: `[K, G]`, further sums of the cells that the link reads; `None` without a link.
         link: what makes the losses of the cells from the sums, where it is not the quotient.
+        grid: the same sums on fixed grids, where they are to be bitwise the same for any split; then the others are
+            made from them.
 
     Returns of `value` and `contributions()` have the kind of the statistics: a torch tensor stays differentiable.
 
@@ -192,6 +249,7 @@ class Tally:
     groups: Groups | None = field(default=None)
     statistics: Number = None
     link: Link | None = None
+    grid: Grid | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the tally of no data is still the neutral one.
@@ -206,7 +264,13 @@ class Tally:
 
     @property
     def value(self) -> Number:
-        """The loss of the part: numerator over divisor, 0 when nothing counted."""
+        """The loss of the part: numerator over divisor, 0 when nothing counted.
+
+        Raises:
+            InputError: sums on a grid that are too large for it.
+        """
+        if self.grid is not None:
+            self.grid.check()
         return self.coefficient * _sum(self._cells())
 
     def _cells(self) -> Number:
@@ -253,6 +317,13 @@ class Tally:
             raise InputError(
                 "Tallies of different losses cannot be added: expected coefficient, offset, form and link "
                 f"{self._constants}, received {other._constants}. Add tallies of one loss; add values of several."
+            )
+        if self.grid is not None and other.grid is not None:
+            return (self.grid + other.grid).tally()
+        if self.grid is not None or other.grid is not None:
+            raise InputError(
+                "A tally on a grid and one without cannot be added: the sum would depend on the split again. Compute "
+                "both with reproducible=True, or neither."
             )
         if (self.groups is None) != (other.groups is None):
             raise InputError(

@@ -24,6 +24,7 @@ from lossledger.losses.aligned import Aligned, Late, detached, select_leading, w
 from lossledger.losses.arguments import dtype_of, snake_case
 from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.prediction import Prediction, Space
+from lossledger.losses.reproducible import reproducible_tally
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Link, Tally
 from lossledger.values import not_finite, reciprocal
@@ -125,6 +126,7 @@ class Loss:
         mask: Any = None,
         by: By = None,
         class_weight: ClassWeight | None = None,
+        reproducible: bool = False,
     ) -> Tally:
         """What a batch adds up to; tallies of batches add with `+` to that of the whole.
 
@@ -135,6 +137,7 @@ class Loss:
             mask: as in a call.
             by: divide over groups: `"class"`, `"label"`, `"sample"`, `"column"`, or integer ids, `(B,)` or per entry.
             class_weight: by index, or one number a class.
+            reproducible: sums that have the same bits for any split, without a graph; see docs/windows.md.
 
         Example:
             >>> import lossledger as ll
@@ -143,7 +146,8 @@ class Loss:
             >>> float(parts.value), int(parts.count)
             (6.0, 3)
         """
-        return self.tally_aligned(self.align(y_true, y_pred, sample_weight, mask, class_weight=class_weight), by)
+        batch = self.align(y_true, y_pred, sample_weight, mask, class_weight=class_weight)
+        return reproducible_tally(self, batch, by) if reproducible else self.tally_aligned(batch, by)
 
     def backprop(
         self,
@@ -436,11 +440,8 @@ class Loss:
             size, labels = self._labels(batch)
             keys = tuple((label, "") for label in range(size))
             return grouping.by_index(str(by), labels, keys, size, weighted, total, weights)
-        choices = ["sample", "column"]
-        if self.classes_are:
-            choices.append("class")
-        if self.classes_are == "label":
-            choices.append("label")
+        named = {None: (), "label": ("class", "label")}.get(self.classes_are, ("class",))
+        choices = ["sample", "column", *named]
         raise InputError(
             f"{batch.where}: cannot divide by {by!r}; expected one of {choices} or a tensor of integer group ids."
         )

@@ -20,6 +20,7 @@ from lossledger.errors import EmptyDataError, InputError, UnknownNameError
 from lossledger.losses.aligned import Aligned, detached
 from lossledger.losses.loss import By
 from lossledger.losses.parts import check_part
+from lossledger.losses.reproducible import check_reproducible, reproducible_tally
 from lossledger.objective import plan as planning
 from lossledger.objective import structure
 from lossledger.objective.auxiliary import auxiliary_tally, unpacked
@@ -46,10 +47,13 @@ class Objective:
         class_weight: by class, for one output; or by output name, then by class.
         output_names: names of the outputs when `loss` is a list; `output_0`, … if not given.
         class_names: names of the classes, in order, for `class_weight` by name.
+        reproducible: totals that have the same bits for any split of the data and any number of ranks, given the same
+            predictions; see docs/windows.md.
 
     Raises:
         UnknownNameError: a loss, output, class or pattern that does not exist.
-        InputError: two terms of one name, or lists of other lengths than the outputs.
+        InputError: two terms of one name, or lists of other lengths than the outputs; reproducible totals of a loss
+            that compares the samples of a batch.
 
     Example:
         >>> import lossledger as ll, torch
@@ -69,6 +73,7 @@ class Objective:
         class_weight: Any = None,
         output_names: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
+        reproducible: bool = False,
     ) -> None:
         self.class_names = planning.class_names(class_names)
         by_output, self.structure = planning.by_output(loss, output_names)
@@ -78,6 +83,10 @@ class Objective:
         self.terms = planning.terms(by_output, weights, classes, self.structure, self.class_names)
         self._vectors: dict[tuple[str, int], Tensor] = {}
         self.penalties = planning.penalties(regularizers)
+        self.reproducible = reproducible
+        if reproducible:
+            for plan in self.terms:
+                check_reproducible(plan.loss, plan.name)
         if not self.terms:
             raise EmptyDataError("The objective has no term: every output has the loss None. Give at least one a loss.")
 
@@ -253,7 +262,7 @@ class Objective:
             groups = None if plan.loss.classes_are is None and by == "class" else by
             window = None if whole is None else whole.tallies[plan.name]
             tally, gradient = plan.loss.backprop_aligned(batch, window, plan.coefficient, groups)
-            tallies[plan.name] = tally
+            tallies[plan.name] = reproducible_tally(plan.loss, batch, groups) if self.reproducible else tally
             gradient = plan.loss.restore(gradient, preds[plan.output])
             known = gradients.get(plan.output)
             gradients[plan.output] = gradient if known is None else known.add_(gradient)
@@ -277,13 +286,20 @@ class Objective:
         mask: Any = None,
         by: str | None = "class",
         checked: bool = True,
+        reported: bool = True,
     ) -> dict[str, Tally]:
-        """Tallies of a batch by term, for evaluation; regularizers are not among them."""
+        """Tallies of a batch by term, for evaluation; regularizers are not among them.
+
+        Those that nobody reports, but a gradient needs, are the plain ones in any case.
+        """
         batches, auxiliary, samples = self.align(y_true, y_pred, sample_weight, mask, checked)
-        found = {
-            plan.name: plan.loss.tally_aligned(batch, by if plan.loss.classes_are is not None else None)
-            for plan, batch in zip(self.terms, batches, strict=True)
-        }
+        found: dict[str, Tally] = {}
+        for plan, batch in zip(self.terms, batches, strict=True):
+            groups = by if plan.loss.classes_are is not None else None
+            if self.reproducible and reported:
+                found[plan.name] = reproducible_tally(plan.loss, batch, groups)
+            else:
+                found[plan.name] = plan.loss.tally_aligned(batch, groups)
         for name, value in auxiliary.items():
             found[name] = auxiliary_tally(name, value, samples)
         return found

@@ -274,14 +274,21 @@ def seed_of(seed: Any) -> int:
     return int(seed)
 
 
-def check_compile(precision: Any, clip_norm: Any, ema: Any, on_nonfinite: Any) -> None:
-    """The options of `compile` that are words and numbers.
+def check_compile(loss: Any, precision: Any, clip_norm: Any, ema: Any, on_nonfinite: Any, reproducible: Any) -> None:
+    """There is a loss, and the options of `compile` that are words and numbers.
 
     Raises:
         UnknownNameError: a word that is not one of them.
-        InputError: a number out of range.
+        InputError: no loss, or a number out of range.
         InputTypeError: no number.
     """
+    if loss is None:
+        raise InputError(
+            "No loss to compute. Provide a `loss` argument in `compile()`: expected a loss, received None. For "
+            "example compile(loss='mse')."
+        )
+    if not isinstance(reproducible, bool):
+        raise InputTypeError(f"reproducible: expected True or False, received {reproducible!r}.")
     for name, word, words in (("precision", precision, PRECISIONS), ("on_nonfinite", on_nonfinite, POLICIES)):
         if not isinstance(word, str) or word not in words:
             raise UnknownNameError(name, word, words)

@@ -389,6 +389,9 @@ def without_bad(tallies: dict[str, Tally], bad: Tensor) -> dict[str, Tally]:
 
     kept = {}
     for name, tally in tallies.items():
+        if tally.grid is not None:
+            kept[name] = tally.grid.map(lambda part: without_bad({"": part}, bad)[""], keep).tally()
+            continue
         groups = tally.groups
         if groups is not None:
             groups = replace(

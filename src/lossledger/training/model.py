@@ -78,6 +78,7 @@ class Model(Placed):
         clip_norm: float | None = None,
         ema: float | None = None,
         on_nonfinite: str = "raise",
+        reproducible: bool = False,
     ) -> None:
         """Resolve everything once: objective, optimizer, metrics.
 
@@ -96,20 +97,18 @@ class Model(Placed):
                 averaged weights in place, as Keras's `use_ema` does. It starts from the weights after the first step.
             on_nonfinite: `"raise"` stops at the first NaN or infinity, `"skip"` leaves such steps out, `"record"` goes
                 on and counts them.
+            reproducible: totals of the losses that have the same bits for any split of the data and any number of
+                ranks, given the same predictions; see docs/windows.md.
 
         Raises:
             UnknownNameError: a name that does not exist, with a suggestion.
             InputError: a value that cannot be right.
         """
-        if loss is None:
-            raise InputError(
-                "No loss to compute. Provide a `loss` argument in `compile()`: expected a loss, received None. For "
-                "example compile(loss='mse')."
-            )
-        boundary.check_compile(precision, clip_norm, ema, on_nonfinite)
+        boundary.check_compile(loss, precision, clip_norm, ema, on_nonfinite, reproducible)
         self._forward.check(precision)
         names = planning.class_names(class_names)
-        recipe = Recipe(loss, loss_weights, metrics, weighted_metrics, regularizers, names, self._output_names)
+        given = (loss, loss_weights, metrics, weighted_metrics, regularizers, names)
+        recipe = Recipe(*given, self._output_names, reproducible)
         # Errors of the recipe are raised here, also where the rest waits for the first batch.
         self._forward.understood(recipe).objective()
         autocast = boundary.PRECISIONS[precision]

@@ -26,6 +26,7 @@ def provenance(plan: StepPlan, seed: int | None, batch_size: int, accumulate: in
         "regularizers": {p.name: repr(p.regularizer) for p in objective.penalties},
         "class_names": list(objective.class_names or ()),
         "class_weight": {t.name: _plain(t.class_weight) for t in objective.terms if t.class_weight is not None},
+        **({"reproducible": True} if objective.reproducible else {}),
         "optimizer": type(plan.optimizer).__name__,
         "learning_rate": float(plan.optimizer.param_groups[0]["lr"]),
         "batch_size": batch_size,

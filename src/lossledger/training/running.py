@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossledger.tally import Groups, Link, Tally
+from lossledger.tally import GRID, Grid, Groups, Link, Tally
 
 
 class Running:
@@ -98,13 +98,17 @@ def _kind(tally: Tally) -> dict[str, Any]:
     """What does not add up in a tally."""
     groups = tally.groups
     found = {"coefficient": tally.coefficient, "offset": tally.offset, "form": tally.form}
-    return found | {"groups": None if groups is None else (groups.kind, groups.keys, groups.cell)}
+    rows = None if groups is None else (groups.kind, groups.keys, groups.cell)
+    return found | {"groups": rows} | ({} if tally.grid is None else {"grid": True})
 
 
-def _pattern(coefficient: Any, offset: Any, form: Any, groups: tuple[Any, ...] | None, link: Link | None) -> Tally:
+def _pattern(
+    coefficient: Any, offset: Any, form: Any, groups: tuple[Any, ...] | None, link: Link | None, grid: bool = False
+) -> Tally:
     empty = None if groups is None else Groups(groups[0], groups[1], 0, 0, 0, 0, groups[2])
     statistics = None if link is None or form != "ratio" else 0
-    return Tally(0, 0, 0, 0, coefficient, offset, form, groups=empty, statistics=statistics, link=link)
+    plain = Tally(0, 0, 0, 0, coefficient, offset, form, groups=empty, statistics=statistics, link=link)
+    return replace(plain, grid=Grid((plain,) * len(GRID), 0, 0)) if grid else plain
 
 
 def described(tally: Tally) -> dict[str, Any]:
@@ -117,11 +121,15 @@ def rebuilt(told: dict[str, Any], link: Link | None) -> Tally:
     return _rebuild(_pattern(**told["kind"], link=link), told["sums"])
 
 
-# Positions of the counts among the slots: count, nonfinite, and the counts of the groups.
+# Positions of the counts among the slots: count, nonfinite, and the counts of the groups. On a grid the coarse part,
+# which has the counts, comes first.
 _COUNTS = (2, 4, 7)
 
 
 def _slots(tally: Tally) -> list[Tensor | int | float]:
+    if tally.grid is not None:
+        parts = (value for part in tally.grid.parts for value in _slots(part))
+        return [*parts, tally.grid.size, tally.grid.entries]
     groups = tally.groups
     rows = [] if groups is None else [groups.numerator, groups.total, groups.count, groups.weight]
     extra = [] if tally.statistics is None else [tally.statistics]
@@ -130,6 +138,12 @@ def _slots(tally: Tally) -> list[Tensor | int | float]:
 
 def _rebuild(pattern: Tally, values: list[Any]) -> Tally:
     """A tally like the pattern, with the summed statistics."""
+    if pattern.grid is not None:
+        length = (len(values) - 2) // len(GRID)
+        parts = tuple(
+            _rebuild(part, values[i * length : (i + 1) * length]) for i, part in enumerate(pattern.grid.parts)
+        )
+        return Grid(parts, *values[-2:]).tally()
     groups = pattern.groups
     if groups is not None:
         groups = Groups(groups.kind, groups.keys, values[5], values[6], values[7], values[8], groups.cell)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lossledger.batch import Batch, leaves, map_structure
 from lossledger.distributed import Share
 from lossledger.errors import InputError
+from lossledger.losses.reproducible import shifted
 from lossledger.objective import Whole, unpacked
 from lossledger.tally import Tally
 
@@ -124,6 +125,9 @@ def moved(tallies: Mapping[str, Tally], device: torch.device) -> dict[str, Tally
 
     found = {}
     for name, t in tallies.items():
+        if t.grid is not None:
+            found[name] = t.grid.map(lambda part: moved({"": part}, device)[""], move).tally()
+            continue
         g = t.groups
         if g is not None:
             rows = {f: move(getattr(g, f)) for f in ("numerator", "total", "count", "weight")}
@@ -139,8 +143,7 @@ def numbered(tallies: Mapping[str, Tally], start: int) -> dict[str, Tally]:
     for name, tally in tallies.items():
         groups = tally.groups
         if start and groups is not None and groups.kind == "sample" and groups.keys is not None:
-            keys = tuple((start + int(str(sample)), column) for sample, column in groups.keys)
-            found[name] = replace(tally, groups=replace(groups, keys=keys))
+            found[name] = shifted(tally, start)
     return found
 
 

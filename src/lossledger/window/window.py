@@ -205,7 +205,9 @@ class Window:
 
     def _statistics(self, batch: Batch, outputs: Any) -> dict[str, Tally]:
         with torch.no_grad():
-            found = self._objective.tallies(batch.y, outputs, batch.sample_weight, batch.mask, None, self._checked)
+            found = self._objective.tallies(
+                batch.y, outputs, batch.sample_weight, batch.mask, None, self._checked, reported=False
+            )
         tallies = {plan.name: found[plan.name] for plan in self._objective.terms}
         return zeroed(tallies) if self.blank else tallies
 
