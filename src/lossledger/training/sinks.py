@@ -84,7 +84,7 @@ class TensorBoard(_Sink):
     The folders `train` and `validation` have the numbers of the logs as Keras names them, `epoch_loss`, at the epochs,
     counted from 0 as in Keras; and of the ledger's rows `mean/…`, `contribution/…` and `count/…` of terms and groups,
     and `nonfinite/…` of terms. Rows of steps go to the folder `steps`, at their steps. Another training in the same
-    folder takes the place of what it repeats.
+    folder takes the place of what it repeats. TensorBoard holds single precision; the ledger has every digit.
 
     Args:
         log_dir: folder of the event files.
@@ -124,8 +124,8 @@ class TensorBoard(_Sink):
             # TensorBoard drops what the folder has from there on: epochs of a killed run that run again.
             begin = self._begin[1 if folder == "steps" else 0]
             self._writers[folder] = self._writer_class(str(self.log_dir / folder), purge_step=begin)
-        # In double precision: a count beyond 2^24 is no float32.
-        self._writers[folder].add_scalar(name, value, step, new_style=True, double_precision=True)
+        # In single precision: TensorBoard's own loader leaves out points in double precision, without a word.
+        self._writers[folder].add_scalar(name, value, step, new_style=True)
 
 
 class MLflow(_Sink):
