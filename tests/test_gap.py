@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 
 import lossledger as ll
 from lossledger.errors import InputError
+from lossledger.report import as_text, build_view
+from lossledger.report.gap import gap_view
 from lossledger.training.waterfall import with_errors
 
 NAMES = ["weights moved", "regularizers", "train mode", "augmentation", "counting", "data"]
@@ -413,6 +415,30 @@ def test_text_dict_and_ledger(tmp_path):
     assert sum(part["value"] for part in kept[1]["parts"]) == pytest.approx(kept[1]["val_loss"] - kept[1]["loss"])
     with pytest.raises(KeyError):
         gap.found[0]["luck"]
+
+
+def test_the_report_shows_the_last_measurement(tmp_path):
+    x, y = normal(64, 3), normal(64, 1, seed=1)
+    gap = ll.callbacks.Gap(batches=4)
+    model = compiled(nn.Linear(3, 1))
+    history = model.fit(
+        Stream(x, y, 8), epochs=2, validation_data=(x, y), verbose=0, callbacks=gap, run_dir=tmp_path / "run"
+    )
+    page = ll.report(tmp_path / "run", tmp_path / "report.html").read_text(encoding="utf-8")
+    plain = as_text(build_view(history.ledger))
+    for text in (page, plain):
+        assert "After epoch 2 the training loss is" in text
+        assert all(name in text for name in NAMES)
+        assert "plain=fn" in text
+    view = build_view(history.ledger).runs[0]
+    assert [line.value for line in view.gap.lines] == [part.value for part in gap.found[1].parts]
+    assert view.gap.lines[-1].level == pytest.approx(gap.found[1].val_loss)
+    assert "gaps" not in dict(view.provenance)
+
+
+@pytest.mark.parametrize("kept", [3, [], [1], [{"loss": "much"}], [{"loss": 1.0, "parts": [{}]}]])
+def test_a_run_file_of_somebody_else_has_no_gap(kept):
+    assert gap_view(kept) is None
 
 
 def test_epochs_without_a_validation_are_not_measured():

@@ -9,7 +9,7 @@ from lossledger.ledger import Row
 from lossledger.report.numbers import display
 
 # Said in sections of their own, or in words of their own below.
-_ELSEWHERE = ("findings", "recipe", "divisors", "regularizers", "class_names")
+_ELSEWHERE = ("findings", "recipe", "divisors", "regularizers", "class_names", "gaps")
 
 
 def provenance(info: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from itertools import chain
 from lossledger.ledger import Diff
 from lossledger.ledger.table import DASH, aligned, cell_width, clean, shortened
 from lossledger.report.charts import Curve
+from lossledger.report.gap import gap_cells, gap_sentence
 from lossledger.report.numbers import Style, display
 from lossledger.report.shares import ClassTable, OutputShare, TermShare
 from lossledger.report.view import Against, Comparison, FindingView, ReportView, RunView, Verdict
@@ -266,6 +267,9 @@ def _run_parts(run: RunView, form: _Form) -> Iterator[str]:
         yield form.paragraph(against_sentence(run.against))
         if run.against.diff is not None:
             yield form.table(*against_cells(run.against.diff))
+    if run.gap is not None:
+        yield from (form.heading("Training and validation", 3), form.paragraph(gap_sentence(run.gap)))
+        yield form.table(*gap_cells(run.gap))
     if run.provenance:
         yield from (form.heading("Provenance", 3), form.facts(run.provenance))
     if run.findings:

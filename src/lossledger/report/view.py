@@ -15,6 +15,7 @@ from lossledger.errors import InputError
 from lossledger.ledger import Diff, Imbalance, Ledger, MetricRow, Row
 from lossledger.ledger.table import exact_sum
 from lossledger.report.charts import Curve, curves
+from lossledger.report.gap import GapView, gap_view
 from lossledger.report.origin import provenance
 from lossledger.report.shares import ClassRow, ClassTable, OutputShare, TermShare, class_tables, output_shares, quotient
 
@@ -94,6 +95,7 @@ class RunView:
     provenance: tuple[tuple[str, str], ...]
     findings: tuple[FindingView, ...] = ()
     against: Against | None = None
+    gap: GapView | None = None
 
     @property
     def terms(self) -> tuple[TermShare, ...]:
@@ -166,6 +168,7 @@ def _run_view(name: str, ledger: Ledger, against: tuple[str, Ledger] | None) -> 
         provenance=tuple(provenance(ledger.info, rows)),
         findings=tuple(_findings(ledger.info.get("findings"))),
         against=None if against is None else _against(ledger, *against),
+        gap=gap_view(ledger.info.get("gaps")),
     )
 
 
