@@ -88,8 +88,12 @@ def check_targets(y_true: Tensor, where: str, upper: float = 1.0) -> None:
         InputError: a target outside, with its value.
     """
     y_true = unwrapped(y_true.detach())
-    bad = ~((y_true >= 0) & (y_true <= upper))
-    if bool(bad.any()):
+    if not y_true.numel():
+        return
+    # One pass over the targets; NaN is both the least and the greatest of all.
+    least, greatest = y_true.aminmax()
+    if not bool((least >= 0) & (greatest <= upper)):
+        bad = ~((y_true >= 0) & (y_true <= upper))
         raise InputError(
             f"{where}: targets must be in [0, {upper:g}]; received {float(y_true[bad][0]):g} "
             f"({int(bad.sum())} outside in all). Use 0 and 1 (or probabilities); for class indices use "

@@ -215,7 +215,8 @@ class Window:
         """With the first outputs: what divides, or that another round must tell."""
         objective, several = self._objective, len(self._batches) > 1
         with torch.no_grad():
-            aligned, _, _ = objective.align(batch.y, outputs, batch.sample_weight, batch.mask, self._checked)
+            # Shapes alone decide; values are checked with the statistics or the gradient.
+            aligned, _, _ = objective.align(batch.y, outputs, batch.sample_weight, batch.mask, True)
         objective.check_parts(aligned)
         ranks = {plan.name: len(a.weighting.shape) for plan, a in zip(objective.terms, aligned, strict=True)}
         late = masked or objective.is_ratio(ranks) or not self._alike()
