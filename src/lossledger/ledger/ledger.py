@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lossledger.errors import InputError, LedgerError, UnknownNameError
-from lossledger.ledger import query, segments
+from lossledger.ledger import dynamics, query, segments
 from lossledger.ledger.columns import INTEGER, REAL, TEXT, Column, Columns, Records, grouped, joined
 from lossledger.ledger.diff import Diff, Side, difference
 from lossledger.ledger.samples import SampleBook, Samples, stacked, top_losses
@@ -425,6 +425,7 @@ class Ledger(Sliced):
         begin with the column `run`. A roll-up is exact where it adds totals and counts and divides once:
         `sum(total) / sum(count)`; DuckDB's `fsum` adds with less rounding than its `sum`. Rows of steps have a `step`,
         rows of epochs have none; rows of whole terms have the kind "term", so that a query names the kind it adds.
+        With `samples=True` also `samples`, and views over it: see `docs/ledger.md#samples`.
 
         Args:
             sql: one SELECT (or WITH … SELECT). It reaches no file, network, extension or setting.
@@ -439,7 +440,10 @@ class Ledger(Sliced):
         >>> ledger.query("SELECT term, sum(total) / sum(count) AS mean FROM ledger GROUP BY term").rows
         [{'term': 'mse', 'mean': 0.5}]
         """
-        return query.answer(sql, {"ledger": self._columns("rows"), "metrics": self._columns("metrics")})
+        tables = {"ledger": self._columns("rows"), "metrics": self._columns("metrics")}
+        if not dynamics.mentioned(sql):
+            return query.answer(sql, tables)
+        return query.answer(sql, {**tables, "samples": self.samples.as_columns()}, dynamics.VIEWS)
 
     def _columns(self, kind: str) -> Columns:
         """The rows or the metrics of all runs, with a column of the run's name."""

@@ -22,11 +22,13 @@ _CLOSED = (
 )
 
 
-def answer(sql: str, tables: Mapping[str, Columns]) -> Table:
-    """The result of one SELECT on `tables`; see `Ledger.query`."""
+def answer(sql: str, tables: Mapping[str, Columns], views: Mapping[str, str] | None = None) -> Table:
+    """The result of one SELECT on `tables`, and on `views` over them by name; see `Ledger.query`."""
     with connected() as connection:
         for name, columns in tables.items():
             load(connection, name, columns)
+        for name, view in (views or {}).items():
+            connection.execute(f'CREATE VIEW "{name}" AS {view}')
         for setting in _CLOSED:
             connection.execute(setting)
         try:

@@ -6,17 +6,19 @@ a long run does not hold every epoch in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lossledger.errors import InputError, LedgerError, UnknownNameError
-from lossledger.ledger import segments
+from lossledger.ledger import dynamics, export, query, segments
 from lossledger.ledger.columns import INTEGER, REAL, TEXT, Column, Columns, joined
 from lossledger.ledger.table import Table
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas
     from numpy.typing import NDArray
 
 FOLDER = "samples"
@@ -208,6 +210,76 @@ class Samples:
     def _taken(self, mask: NDArray[np.bool_]) -> Samples:
         index = mask.nonzero()[0]
         return Samples({name: column.taken(index) for name, column in self._columns.items()})
+
+    def as_columns(self) -> Columns:
+        """The columns themselves."""
+        return self._columns
+
+    def statistics(self, above: float | None = None) -> Table:
+        """What the losses of each sample say across epochs.
+
+        Args:
+            above: a loss; count the epochs in which that of the sample was higher.
+
+        Returns:
+            a Table of run, split, term, sample, epochs, mean, deviation (of the population), trend (least-squares slope
+            an epoch; None for one epoch), lowest, highest, last and nonfinite, and with `above` the count `above`.
+
+        Raises:
+            InputError: `above` is no finite number.
+
+        >>> from lossledger.ledger import Ledger
+        >>> Ledger().samples.statistics(above=0.7).columns[-2:]
+        ('nonfinite', 'above')
+        """
+        if above is None:
+            chosen = "SELECT * FROM sample_losses ORDER BY ALL"
+        elif not isinstance(above, bool) and isinstance(above, int | float) and math.isfinite(above):
+            times = f"count(*) FILTER (mean > {float(above)!r}::DOUBLE) AS above"
+            counts = f"SELECT run, split, term, sample, {times} FROM samples GROUP BY ALL"
+            chosen = f"SELECT * FROM sample_losses JOIN ({counts}) USING (run, split, term, sample) ORDER BY ALL"
+        else:
+            raise InputError(f"statistics: above: expected a finite number, received {above!r}.")
+        return query.answer(chosen, {"samples": self._columns}, dynamics.VIEWS)
+
+    def labels(self) -> Table:
+        """What tools that look for wrong labels read: id, label, predicted, confidence, margin, loss, epochs.
+
+        `label` is the given class, `predicted` that of the last epoch; confidence, margin and loss are means over the
+        epochs. Samples of several entries have no one label and are not in it.
+
+        Returns:
+            a Table that begins with run, split and term; `to_csv()` is the file, `to_pandas()` the arrays.
+
+        >>> from lossledger.ledger import Ledger
+        >>> Ledger().samples.labels().columns[3:]
+        ('id', 'label', 'predicted', 'confidence', 'margin', 'loss', 'epochs')
+        """
+        return query.answer("SELECT * FROM sample_labels ORDER BY ALL", {"samples": self._columns}, dynamics.VIEWS)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The columns as a pandas DataFrame; pandas must be installed.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return export.to_pandas(self._columns)
+
+    def to_arrow(self) -> Any:
+        """The columns as a `pyarrow.Table`; pyarrow must be installed.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+        """
+        return export.to_arrow(self._columns)
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the columns as CSV with a heading: numbers with every digit, nothing where there is no value.
+
+        Raises:
+            LedgerError: the file cannot be written.
+        """
+        return export.to_csv(self._columns, Path(path).expanduser().absolute())
 
     def names(self, name: str) -> list[Any]:
         """The distinct values of a column, in order."""

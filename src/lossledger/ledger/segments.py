@@ -283,7 +283,7 @@ def _copy_to_parquet(path: Path, columns: Columns) -> None:
     try:
         with connected() as connection:
             load(connection, "segment", columns)
-            connection.execute(f"COPY segment TO {_quote(str(path))} ({options})")
+            connection.execute(f"COPY segment TO {quote(str(path))} ({options})")
     except connection_errors() as error:
         raise LedgerError(
             f"Cannot write a segment in {path.parent}: {error}. Check the types of the rows' values, and the disk."
@@ -356,13 +356,14 @@ def _writer() -> str:
     return f"rank{rank if rank.isdecimal() else '0'}-process{os.getpid()}"
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
+    """A text as a SQL string."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def quote_path(path: Path) -> str:
     """A path as a SQL string for DuckDB's readers, in which `*`, `?` and `[` mean themselves."""
-    return _quote("".join(f"[{c}]" if c in "*?[" else c for c in str(path)))
+    return quote("".join(f"[{c}]" if c in "*?[" else c for c in str(path)))
 
 
 def plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ A roll-up is exact: it adds totals, counts and contributions, and divides once.
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import math
@@ -82,6 +83,14 @@ class Table:
         import pandas
 
         return pandas.DataFrame(self.rows, columns=list(self.columns))
+
+    def to_arrow(self) -> Any:
+        """The same table as a `pyarrow.Table`; pyarrow must be installed.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+        """
+        return importlib.import_module("lossledger.ledger.export").rows_to_arrow(self.columns, self.rows)
 
     def to_csv(self) -> str:
         """The table as CSV with a heading; numbers with every digit, nothing for None."""
