@@ -12,8 +12,27 @@ import torch
 from torch import Tensor
 
 from lossledger.errors import InputError
+from lossledger.losses.aligned import Aligned
 from lossledger.tally import Groups
 from lossledger.weighting import Weighting
+
+
+class AndSamples(str):
+    """A kind of groups, and beside it the groups by sample of the same elements: a step computes them once.
+
+    Losses that sum elements leave in `taken`, by term, the groups and the batch; who wants them takes them out.
+
+    >>> AndSamples("class") == "class", AndSamples("class").taken
+    (True, {})
+    """
+
+    taken: dict[str, tuple[Groups, Aligned]]
+
+    def __new__(cls, kind: str) -> AndSamples:
+        """The kind, with nothing taken yet."""
+        made = super().__new__(cls, kind)
+        made.taken = {}
+        return made
 
 
 def _columns(values: Tensor | None, weighting: Weighting, device: torch.device) -> Tensor:

@@ -398,6 +398,9 @@ class Loss:
         weighted = total if reduction.rescale is None else total * reduction.rescale(weights).to(total)
         numerator, plain = weighted.sum(), total.detach()
         divisor = reduction.divisor(weights, batch.y_true)
+        detached = plain if weighted is total else weighted.detach()
+        if isinstance(by, grouping.AndSamples):
+            by.taken[batch.where] = grouping.by_sample(detached, plain, weights), batch
         return Tally(
             numerator,
             0 if divisor is None else divisor,
@@ -405,9 +408,7 @@ class Loss:
             weights.total_weight(),
             offset=self._columns(elements.shape[-1]) if divisor is None else 0,
             nonfinite=_nonfinite(plain, numerator.detach()),
-            groups=None
-            if by is None
-            else self._groups(batch, plain if weighted is total else weighted.detach(), plain, weights, by),
+            groups=None if by is None else self._groups(batch, detached, plain, weights, by),
         )
 
     def _tally_scalar(self, batch: Aligned, elements: Tensor, by: By) -> Tally:

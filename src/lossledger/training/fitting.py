@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -144,6 +144,8 @@ class Fitting:
         current = loop.Pass(
             self.plan.objective, self.metrics, self.device, show, self.group, options.every, samples, self.data.names
         )
+        if samples is not None:
+            options = replace(options, by=samples.by)
         length = self.data.length
         order = order_of(length, self.seed, epoch) if length is not None and self.shuffled else None
         if backup is None and self.group.size > 1:

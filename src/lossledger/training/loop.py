@@ -426,6 +426,7 @@ def evaluate_pass(
     recent: deque[tuple[Batch, dict[str, Tally], Any]] = deque(maxlen=RECENT)
     observe = current.observe
     group = current.group
+    by = "class" if current.samples is None else current.samples.by
     with torch.no_grad(), evaluating(plan.net):
         for host, blank in _frozen(plan, data, batch_size, steps, group):
             batch = to_device(host, device)
@@ -433,7 +434,7 @@ def evaluate_pass(
                 run_forward(plan.forward, batch.x, plan.autocast, device.type)
                 continue
             outputs = run_forward(plan.forward, batch.x, plan.autocast, device.type)
-            tallies = objective.tallies(batch.y, outputs, batch.sample_weight, batch.mask, "class", checked)
+            tallies = objective.tallies(batch.y, outputs, batch.sample_weight, batch.mask, by, checked)
             if observe is not None:
                 observe(batch, outputs)
             current.add(tallies)
