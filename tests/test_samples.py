@@ -402,3 +402,29 @@ def test_nothing_is_kept_unless_asked_for(tmp_path):
         _ = ledger.samples["los"]
     with pytest.raises(UnknownNameError):
         ledger.samples.where(epochs=1)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("name", ["two terms", "mse", "focal Tversky"])
+def test_keeping_samples_changes_no_number_of_the_training(name, accumulate):
+    x, y = data()
+    runs = []
+    for samples in (False, True):
+        made = model(LOSSES[name]())
+        options = dict(batch_size=4, epochs=2, accumulate=accumulate, validation_split=0.2, verbose=0, seed=0)
+        history = made.fit(x, y, **options, samples=samples, checks="off")
+        runs.append((history.history, history.ledger.rows, [p.tolist() for p in made.net.parameters()]))
+    assert runs[0] == runs[1]
+
+
+def test_a_step_sums_its_elements_once(monkeypatch):
+    x, y = data()
+    calls = []
+    plain = L.BinaryCrossentropy._elements
+    monkeypatch.setattr(L.BinaryCrossentropy, "_elements", lambda self, batch: calls.append(1) or plain(self, batch))
+    counts = []
+    for samples in (False, True):
+        calls.clear()
+        model(bce()).fit(x, y, batch_size=4, samples=samples, verbose=0, checks="off")
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
