@@ -159,6 +159,15 @@ def test_several_outputs_weights_of_classes_and_auxiliary_losses():
     assert np.allclose([row["loss"] for row in worst], np.sort(own)[::-1], rtol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["bce", "dice of the batch", "focal Tversky"])
+def test_the_books_balance_of_reproducible_sums(name):
+    x, y = data()
+    made = model(LOSSES[name](), reproducible=True)
+    history = made.fit(x, y, batch_size=5, accumulate=2, samples=True, validation_split=0.3, verbose=0, checks="off")
+    for split in ("training", "validation"):
+        assert balanced(history.ledger, split, 1) == 1
+
+
 # --- what training dynamics need -----------------------------------------------------------------------------------
 
 

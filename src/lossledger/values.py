@@ -24,6 +24,11 @@ def not_finite(values: Tensor) -> Tensor:
     return (values - values).ne(0)
 
 
+def count_not_finite(elements: Tensor, total: Tensor) -> Tensor:
+    """Number of elements that are NaN or infinite; at least 1 where finite elements overflow in their sum."""
+    return torch.maximum(not_finite(elements).sum(), not_finite(total))
+
+
 def any_of(bad: Tensor) -> bool:
     """Whether any is set, on the host; under `torch.func.vmap`, in any of the problems."""
     return bool(unwrapped(bad).any())

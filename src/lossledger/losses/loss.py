@@ -27,7 +27,7 @@ from lossledger.losses.prediction import Prediction, Space
 from lossledger.losses.reproducible import reproducible_tally
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Link, Tally
-from lossledger.values import not_finite, reciprocal
+from lossledger.values import count_not_finite, not_finite, reciprocal
 from lossledger.weighting import ClassWeight, Weighting, align, as_tensor, class_vector, weighting
 
 By = str | Tensor | None
@@ -407,7 +407,7 @@ class Loss:
             weights.count(),
             weights.total_weight(),
             offset=self._columns(elements.shape[-1]) if divisor is None else 0,
-            nonfinite=_nonfinite(plain, numerator.detach()),
+            nonfinite=count_not_finite(plain, numerator.detach()),
             groups=None if by is None else self._groups(batch, detached, plain, weights, by),
         )
 
@@ -494,8 +494,3 @@ class Loss:
     def __radd__(self, other: object) -> Expression:
         # sum() starts from the integer 0.
         return 1.0 * self if other == 0 and isinstance(other, int) else NotImplemented
-
-
-def _nonfinite(elements: Tensor, total: Tensor) -> Tensor:
-    """Number of elements that are NaN or infinite; at least 1 where finite elements overflow in their sum."""
-    return torch.maximum(not_finite(elements).sum(), not_finite(total))

@@ -59,6 +59,8 @@ def reproducible_tally(loss: Loss, batch: Aligned, by: By = None) -> Tally:
     check_reproducible(loss, batch.where)
     raw = batch.prediction.raw
     size = raw.shape[0] if raw.ndim else 1
+    # Whoever wants rows of samples beside the groups must not be given those of a batch of one.
+    by = str(by) if isinstance(by, str) else by
     with torch.no_grad(), _one_thread(raw.device):
         if batch.late is not None and loss.scalar is None and loss._elements(batch).ndim == 1:
             raise InputError(
