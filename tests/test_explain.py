@@ -150,6 +150,15 @@ def test_contributions_by_class_and_term():
     assert present.contribution == pytest.approx(0.5 * elements[..., 2][Y[..., 2] == 1].sum() / elements.size)
 
 
+def test_classes_have_their_names():
+    names = ["sky", "road", "wall", "tree", "lesion"]
+    found = only(ll.explain(ll.Objective(bce, class_names=names), Y, Z)).groups
+    plain = only(ll.explain(bce, Y, Z)).groups
+    for group, other in zip(found, plain, strict=True):
+        number, presence = other.name.split()[1:]
+        assert (group.name, group.contribution) == (f"class {names[int(number)]} {presence}", other.contribution)
+
+
 def test_contributions_by_output_and_regularizers():
     net = nn.Linear(2, 1).double()
     nn.init.constant_(net.weight, 0.5)

@@ -166,7 +166,7 @@ def explain(
         mask = None if mask is None else as_tensor(mask, "mask")
     with torch.no_grad():
         whole = objective(y_true, y_pred, sample_weight, mask, model=model)
-        terms = tuple(_term(term, float(whole.total)) for term in whole.terms.values())
+        terms = tuple(_term(objective, term, float(whole.total)) for term in whole.terms.values())
         outputs = _outputs(objective, terms)
         found = Explanation(whole.value, (), _equation(whole), terms, outputs)
         if parts is not None:
@@ -174,7 +174,7 @@ def explain(
     return replace(found, sentences=_sentences(found))
 
 
-def _term(term: Term, total: float) -> TermExplanation:
+def _term(objective: Objective, term: Term, total: float) -> TermExplanation:
     value, contribution = float(term.value), float(term.contribution)
     share = contribution / total if total else None
     plain = TermExplanation(term.name, term.role, term.weight, value, contribution, share, _number(value))
@@ -189,7 +189,7 @@ def _term(term: Term, total: float) -> TermExplanation:
         steps=steps.steps(loss, batch, term.tally),
         divisor=steps.divisor(loss, batch, term.tally),
         order=steps.order(loss, batch, term),
-        groups=steps.groups(loss, term),
+        groups=steps.groups(loss, term, objective.group_name),
         references=levels,
         skill=1 - value / base if base is not None and base > 0 else None,
         consistency=references.consistency(loss, batch, term.tally),

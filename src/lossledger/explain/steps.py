@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -300,12 +301,13 @@ def order(loss: Loss, batch: Aligned, term: Term) -> str:
     )
 
 
-def groups(loss: Loss, term: Term) -> tuple[Group, ...]:
+def groups(loss: Loss, term: Term, named: Callable[[object, int], str]) -> tuple[Group, ...]:
     """The contributions of the classes, largest first; empty for a loss without classes.
 
     Args:
         loss: of the term.
         term: of the breakdown.
+        named: the name of a class, from its number and how many there are.
     """
     if loss.classes_are is None:
         return ()
@@ -315,9 +317,10 @@ def groups(loss: Loss, term: Term) -> tuple[Group, ...]:
     shares = (term.weight * torch.as_tensor(tally.contributions())).tolist()
     counts, totals = _list(rows.count), _list(rows.total)
     whole = float(term.contribution)
+    classes = len({name for name, _ in rows.keys})
     found = [
         Group(
-            f"class {name}" + (f" {presence}" if presence else ""),
+            f"class {named(name, classes)}" + (f" {presence}" if presence else ""),
             share,
             share / whole if whole else None,
             int(count),
