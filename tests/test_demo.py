@@ -26,9 +26,15 @@ def test_the_demo_runs_from_the_command_line(tmp_path):
     assert "The books balance" in result.output and "Act two" in result.output
     page = (folder / "report.html").read_text()
     assert "digit 4" in page and len(page) < 2_000_000
-    pictures = json.loads((folder / "pictures" / "pictures.json").read_text())
-    assert len(pictures) == 10 and all((folder / "pictures" / p["file"]).is_file() for p in pictures)
     ledger = Ledger.open(folder)
+    for run in ledger.runs:
+        pictures = json.loads((folder / run / "pictures" / "pictures.json").read_text())
+        assert len(pictures) == 6 and all((folder / run / "pictures" / p["file"]).is_file() for p in pictures)
+        own = ledger.select(run)
+        assert {"class", "digits", "position", "term"} == {row.kind for row in own.rows}
+        assert len(own.samples.where(split="validation", term="binary_crossentropy")) == 12
+    for tab in ("Worst samples", "Slices", "Places", "Provenance"):
+        assert page.count(f'data-tab="{tab}"') == 2
     assert ledger.runs == ("1-plain", "2-weighted") and ledger.balance() == []
     # A second demo keeps the first.
     again = CliRunner().invoke(main, arguments, catch_exceptions=False)

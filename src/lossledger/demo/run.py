@@ -23,11 +23,12 @@ from lossledger.losses.loss import Loss
 from lossledger.report import report
 from lossledger.report.text import class_table_cells, comparison_cells, sentences
 from lossledger.report.view import build_view
+from lossledger.training.places import add_places
 from lossledger.weighting import argmax_weights
 
 # A class with less than this share of the median class's pixels is rare, and gets a weight.
 RARE_BELOW = 0.5
-WORST_SCENES = 5
+WORST_SCENES = 6
 COLOURS = np.array([[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [213, 94, 0]], dtype=float)
 
 
@@ -91,7 +92,8 @@ def run(settings: Settings, console: Console | None = None) -> Path:
     overlap = ll.losses.Dice(axis=(0, 1, 2), from_logits="sigmoid")
     second = _act(console, settings, "2-weighted", plain + overlap, weights, training, validation)
     _side_by_side(console, first, second, settings.folder)
-    _save_pictures(settings.folder, (first, second), validation)
+    for act in (first, second):
+        _look(settings.folder, act, validation)
     path = report(settings.folder, settings.folder / "report.html")
     console.print(f"\n{time.perf_counter() - began:.0f} s in all. Report: {path}", highlight=False, soft_wrap=True)
     return path
@@ -122,6 +124,8 @@ def _act(
         epochs=settings.epochs,
         validation_data=(validation.images, validation.masks),
         sample_weight=None if weights is None else _weights(weights, training.masks, settings.weighting),
+        groups={"digits": [len(ids) for ids in training.digit_ids]},
+        samples=True,
         run_dir=settings.folder / title,
         seed=settings.seed,
     )
@@ -213,23 +217,21 @@ def _make_room(folder: Path) -> Path | None:
     return kept
 
 
-def _save_pictures(folder: Path, acts: tuple[Act, ...], validation: Scenes) -> None:
-    """The scenes with the largest loss: the picture, the target and the prediction beside each other."""
-    pictures = folder / "pictures"
+def _look(folder: Path, act: Act, validation: Scenes) -> None:
+    """Where in the scenes the loss is, and the worst scenes: the picture, the target and the prediction."""
+    logits = act.model.predict(validation.images, batch_size=64)
+    loss = ll.losses.BinaryCrossentropy(from_logits=True)
+    add_places(act.ledger, loss, validation.masks, logits, term="binary_crossentropy", most=16)
+    act.ledger.flush()
+    pictures = folder / act.title / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     entries = []
-    for act in acts:
-        logits = act.model.predict(validation.images, batch_size=64)
-        loss = ll.losses.BinaryCrossentropy(from_logits=True)
-        tally = loss.tally(validation.masks, logits, by="sample")
-        assert tally.groups is not None
-        means = tally.groups.total / tally.groups.count
-        for rank, scene in enumerate(means.argsort(descending=True)[:WORST_SCENES].tolist(), start=1):
-            file = f"{act.title}-{rank}.png"
-            panel = _panel(validation.images[scene], validation.masks[scene], logits[scene] > 0)
-            Image.fromarray(panel).save(pictures / file, optimize=True)
-            caption = f"Scene {scene}: mean loss {float(means[scene]):.3g} (picture, target, prediction)"
-            entries.append({"file": file, "caption": caption, "run": act.title})
+    for row in act.ledger.top_losses(WORST_SCENES, split="validation", term="binary_crossentropy"):
+        scene, file = row["sample"], f"{row['sample']}.png"
+        panel = _panel(validation.images[scene], validation.masks[scene], logits[scene] > 0)
+        Image.fromarray(panel).save(pictures / file, optimize=True)
+        caption = f"Scene {scene}: mean loss {row['loss']:.3g} (picture, target, prediction)"
+        entries.append({"file": file, "caption": caption, "run": act.title})
     (pictures / "pictures.json").write_text(json.dumps(entries, indent=1))
 
 
@@ -237,7 +239,7 @@ def _panel(image: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> np.n
     picture = np.moveaxis(image, 0, -1) * 255
     strips = [picture] + [_overlay(picture, mask) for mask in (target, predicted)]
     panel: np.ndarray = np.concatenate(strips, axis=1).clip(0, 255).astype(np.uint8)
-    return panel.repeat(2, axis=0).repeat(2, axis=1)
+    return panel
 
 
 def _overlay(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -217,5 +217,12 @@ _THEME: dict[str, Any] = {
     },
     "axisX": {"grid": False, "domain": True, "domainColor": "#888888", "domainOpacity": 0.5},
     "axisY": {"tickCount": 5, "ticks": False, "labelPadding": 6},
-    "legend": {"labelColor": "currentColor", "labelFontSize": 11, "symbolType": "stroke", "symbolStrokeWidth": 2.5},
+    "legend": {
+        "labelColor": "currentColor",
+        "titleColor": "currentColor",
+        "titleFontSize": 11,
+        "labelFontSize": 11,
+        "symbolType": "stroke",
+        "symbolStrokeWidth": 2.5,
+    },
 }

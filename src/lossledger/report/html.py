@@ -23,6 +23,7 @@ from lossledger.ledger import Ledger
 from lossledger.report import text
 from lossledger.report.charts import curve_specification, draw, runtime
 from lossledger.report.numbers import Style, display
+from lossledger.report.plots import place_chart, scatter
 from lossledger.report.templating import environment
 from lossledger.report.view import Picture, ReportView, RunView, build_view
 
@@ -85,7 +86,7 @@ def render(view: ReportView) -> str:
     """
     template = _environment().get_template("report.html")
     script = _template("report.js")
-    charted = any(run.curves for run in view.runs)
+    charted = any(run.curves or run.cartography or run.maps for run in view.runs)
     for limits in _LADDER:
         code = runtime() if limits.live and charted else ""
         page = template.render(
@@ -176,6 +177,8 @@ def _environment() -> Environment:
         raw=_raw,
         spark=_spark,
         specification=functools.cache(curve_specification),
+        scatter=functools.cache(scatter),
+        place_chart=functools.cache(place_chart),
         drawn=_once(_drawn),
         script_json=_script_json,
         data_uri=_data_uri,

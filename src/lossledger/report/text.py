@@ -13,7 +13,9 @@ from lossledger.ledger import Diff
 from lossledger.ledger.table import DASH, aligned, cell_width, clean, shortened
 from lossledger.report.charts import Curve
 from lossledger.report.gap import gap_cells, gap_sentence
+from lossledger.report.groups import PlaceMap, SliceTable
 from lossledger.report.numbers import Style, display
+from lossledger.report.samples import Cartography, SampleTable
 from lossledger.report.shares import ClassTable, OutputShare, TermShare
 from lossledger.report.view import Against, Comparison, FindingView, ReportView, RunView, Verdict
 
@@ -173,6 +175,70 @@ def class_table_cells(table: ClassTable) -> tuple[list[str], list[list[str]]]:
     return ["class", *(column.head for column in columns)], lines
 
 
+def sample_cells(table: SampleTable) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the worst samples; columns of which nothing is known are left out.
+
+    Args:
+        table: of one split.
+    """
+    rows = table.rows
+    columns = [
+        ("sample", [str(row.sample) for row in rows]),
+        ("loss", [display(row.loss) for row in rows]),
+        ("of the loss", [display(row.share, "percent") for row in rows]),
+        ("true", [row.label for row in rows]),
+        ("said", [row.predicted for row in rows]),
+        ("confidence", [display(row.confidence) for row in rows]),
+        ("correct", [display(row.correct, "percent") for row in rows]),
+    ]
+    known = [(head, cells) for head, cells in columns if any(cell not in ("", DASH) for cell in cells)]
+    return [head for head, _ in known], [list(line) for line in zip(*(cells for _, cells in known), strict=True)]
+
+
+def cartography_sentence(found: Cartography) -> str:
+    """What the confidence in the samples says in numbers.
+
+    Args:
+        found: of a run.
+    """
+    never = sum(dot.correct == 0 for dot in found.dots)
+    drawn = "" if len(found.dots) == found.count else f" {len(found.dots):,} are shown, the least sure among them."
+    missed = f" {never:,} of them were never right." if never else ""
+    return (
+        f"Mean and deviation of the confidence in the true class, of each of {found.count:,} {found.split} samples "
+        f"over {found.epochs} epochs, by {found.term}.{drawn}{missed} Low confidence with little variability is where "
+        "labels are wrong or samples too hard; high variability is where the model learned most."
+    )
+
+
+def slice_cells(table: SliceTable) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the groups of a kind.
+
+    Args:
+        table: of one kind and term.
+    """
+    heads = [table.kind, "entries", "of the entries", "of the loss", "own mean", "of the mean"]
+    lines = []
+    for row in table.rows:
+        shares = (display(row.entries, "percent"), display(row.share, "percent"))
+        lines.append([row.group, display(row.count, "count"), *shares, display(row.mean), display(row.factor, "times")])
+    return heads, lines
+
+
+def place_sentence(found: PlaceMap) -> str:
+    """Where the mean loss is highest and lowest.
+
+    Args:
+        found: of a term.
+    """
+    worst, best = (pick(found.places, key=lambda place: place.mean) for pick in (max, min))
+    high, low = (
+        f"at row {place.row}, column {place.column}" if found.image else f"at position {place.column}"
+        for place in (worst, best)
+    )
+    return f"The mean loss is highest {high} ({display(worst.mean)}) and lowest {low} ({display(best.mean)})."
+
+
 def finding_sentence(finding: FindingView) -> str:
     """What a check found, with its code.
 
@@ -262,6 +328,18 @@ def _run_parts(run: RunView, form: _Form) -> Iterator[str]:
         of = f" of {classes.output}" if classes.output else ""
         yield form.heading(f"Classes{of}; own means of {classes.term}", 3)
         yield form.table(*class_table_cells(classes))
+    for worst in run.samples:
+        yield form.heading(f"Worst samples, {worst.split}, epoch {worst.epoch}", 3)
+        yield form.table(*sample_cells(worst))
+    if run.cartography is not None:
+        yield form.heading("How sure the model was of the samples", 3)
+        yield form.paragraph(cartography_sentence(run.cartography))
+    for slices in run.slices:
+        yield form.heading(f"By {slices.kind}: {slices.term}, {slices.split}", 3)
+        yield form.table(*slice_cells(slices))
+    for places in run.maps:
+        yield form.heading(f"By place: {places.term}, {places.split}", 3)
+        yield form.paragraph(place_sentence(places))
     if run.against is not None:
         yield form.heading(f"Difference from {run.against.other}", 3)
         yield form.paragraph(against_sentence(run.against))
@@ -356,7 +434,7 @@ def _text_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _is_name(head: str, position: int) -> bool:
-    return position == 0 or (position == 1 and head in ("line", "term"))
+    return position == 0 or head in ("line", "term", "true", "said")
 
 
 def _indented(facts: Sequence[tuple[str, str]]) -> str:

@@ -16,7 +16,9 @@ from lossledger.ledger import Diff, Imbalance, Ledger, MetricRow, Row
 from lossledger.ledger.table import exact_sum
 from lossledger.report.charts import Curve, curves
 from lossledger.report.gap import GapView, gap_view
+from lossledger.report.groups import PlaceMap, SliceTable, place_maps, slice_tables
 from lossledger.report.origin import provenance
+from lossledger.report.samples import Cartography, SampleTable, cartography, sample_tables
 from lossledger.report.shares import ClassRow, ClassTable, OutputShare, TermShare, class_tables, output_shares, quotient
 
 SPLITS = ("validation", "training", "test")
@@ -96,6 +98,10 @@ class RunView:
     findings: tuple[FindingView, ...] = ()
     against: Against | None = None
     gap: GapView | None = None
+    samples: tuple[SampleTable, ...] = ()
+    cartography: Cartography | None = None
+    slices: tuple[SliceTable, ...] = ()
+    maps: tuple[PlaceMap, ...] = ()
 
     @property
     def terms(self) -> tuple[TermShare, ...]:
@@ -157,6 +163,7 @@ def _run_view(name: str, ledger: Ledger, against: tuple[str, Ledger] | None) -> 
     final = [row for row in history if row.epoch == epoch]
     metrics = [metric for metric in ledger.metrics if metric.split == split and metric.epoch == epoch]
     loss = ledger.loss(split, epoch)
+    divided = list(_last_epochs(rows, splits))
     tables = tuple(class_tables(final, metrics, loss, ledger.info.get("class_names"), history))
     return RunView(
         run=name,
@@ -169,7 +176,22 @@ def _run_view(name: str, ledger: Ledger, against: tuple[str, Ledger] | None) -> 
         findings=tuple(_findings(ledger.info.get("findings"))),
         against=None if against is None else _against(ledger, *against),
         gap=gap_view(ledger.info.get("gaps")),
+        samples=tuple(sample_tables(ledger, ledger.info.get("class_names"))),
+        cartography=cartography(ledger),
+        slices=tuple(chain.from_iterable(slice_tables(own, ledger.loss(own[0].split)) for own in divided)),
+        maps=tuple(chain.from_iterable(map(place_maps, divided))),
     )
+
+
+def _last_epochs(rows: Sequence[Row], splits: Sequence[str]) -> Iterable[list[Row]]:
+    """The rows of the last epoch of each split, each kind of group only in the first split that has it."""
+    met: set[str] = set()
+    for split in splits:
+        own = [row for row in rows if row.split == split]
+        last = max(row.epoch for row in own if row.kind == "term")
+        found = [row for row in own if row.epoch == last and row.kind not in met]
+        met |= {row.kind for row in found if row.kind != "term"}
+        yield found
 
 
 def _findings(found: object) -> Iterable[FindingView]:
