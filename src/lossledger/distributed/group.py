@@ -32,6 +32,9 @@ class Group(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """What each process gives, on the host, in the order of the ranks."""
 
+    def first(self, value: Any) -> Any:
+        """What rank 0 gives, on the host of each process; what the others give is not looked at."""
+
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Fill the tensors of all processes with those of rank 0."""
 
@@ -56,6 +59,10 @@ class OneProcess:
     def gather(self, value: Any) -> list[Any]:
         """The value of the one process."""
         return [value]
+
+    def first(self, value: Any) -> Any:
+        """The value of the one process."""
+        return value
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Nothing to do."""

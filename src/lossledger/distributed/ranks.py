@@ -7,7 +7,8 @@ import contextlib
 import datetime
 import os
 import pickle
-from collections import Counter
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -35,17 +36,18 @@ class Ranks:
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self.process_group = process_group
         self.size, self.rank = process_group.size(), process_group.rank()
-        members = tuple(dist.get_process_group_ranks(process_group))
-        self._first = members[0]
-        # A name of its own for each attempt: the store still has the addresses of the one that failed.
-        _attempts[members] += 1
-        self._name = f"lossledger/{'-'.join(map(str, members))}/{_attempts[members]}"
+        self._first = dist.get_process_group_ranks(process_group)[0]
+        self._name = ""
         self._host: Any = self._connected(_timeout(process_group))
 
     def _connected(self, timeout: datetime.timedelta) -> Any:
         # Not dist.new_group: all processes would have to call it, and it names a part of them as it named the last.
-        store = dist.distributed_c10d.PrefixStore(self._name, _store())
         try:
+            # A name that was never used: the store still has the addresses of groups that failed.
+            name = [uuid.uuid4().hex]
+            dist.broadcast_object_list(name, src=self._first, group=self.process_group)
+            self._name = f"lossledger/{name[0]}"
+            store = dist.distributed_c10d.PrefixStore(self._name, _store())
             host: Any = dist.ProcessGroupGloo(store, self.rank, self.size, timeout)
             # A rank is connected before those that it is connected with have heard of it. One that closed now, as an
             # error at once makes it, would be a lost connection to them: none goes on before all are through.
@@ -84,6 +86,15 @@ class Ranks:
         padded[: mine.numel()] = mine
         found = self._gathered(padded)
         return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(found, sizes, strict=True)]
+
+    def first(self, value: Any) -> Any:
+        """What the first rank gives; it is pickled."""
+        flat = torch.frombuffer(bytearray(pickle.dumps(value if self.rank == 0 else None)), dtype=torch.uint8)
+        size = self.agree(flat.numel())[0][0]
+        flat = flat if self.rank == 0 else flat.new_empty(size)
+        with self._waiting():
+            self._open().broadcast([flat], dist.BroadcastOptions()).wait()
+        return value if self.rank == 0 else pickle.loads(flat.numpy().data)
 
     def _gathered(self, mine: Tensor) -> list[Tensor]:
         """Tensors of one shape on the host, one of each rank."""
@@ -164,8 +175,6 @@ def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 _known: list[Ranks] = []
-# How often these ranks have connected.
-_attempts: Counter[tuple[int, ...]] = Counter()
 
 
 def joined(given: Any = None, device: torch.device | None = None) -> Group:
@@ -212,8 +221,38 @@ def _initialize(device: torch.device | None) -> None:
     if int(os.environ["WORLD_SIZE"]) == 1:
         return
     on_cuda = device is not None and device.type == "cuda"
-    dist.init_process_group("nccl" if on_cuda else "gloo")
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    store = dist.distributed_c10d.PrefixStore(_start(store, rank, size), store)
+    dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size)
     atexit.register(_leave)
+
+
+def _start(store: Any, rank: int, size: int) -> str:
+    """A name that the ranks of this start share, and those of no other.
+
+    The store of torchrun outlives a restart, with the addresses of processes that are gone. Its count of restarts may
+    differ between hosts, so rank 0 answers each rank, which has a name of its own that nobody else answers to.
+    """
+    mine, where, limit = uuid.uuid4().hex, "lossledger/start", dist.constants.default_pg_timeout
+    if rank:
+        store.set(f"{where}/{rank}", mine)
+        store.wait([f"{where}/{mine}"], limit)
+        name = str(store.get(f"{where}/{mine}").decode())
+        store.set(f"{where}/{name}/{rank}", "")
+        return name
+    missing, end = set(range(1, size)), time.monotonic() + limit.total_seconds()
+    while missing:
+        for other in missing:
+            # May be that of a process that is gone; the one that is there overwrites it.
+            if store.check([f"{where}/{other}"]):
+                store.set(f"{where}/{store.get(f'{where}/{other}').decode()}", mine)
+        missing = {other for other in missing if not store.check([f"{where}/{mine}/{other}"])}
+        if time.monotonic() > end:
+            raise RankError(f"rank {min(missing)} of {size} did not start; look at the output of the others.")
+        time.sleep(0.01 * bool(missing))
+    return mine
 
 
 def _leave() -> None:

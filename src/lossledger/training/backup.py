@@ -5,6 +5,7 @@ They are written between optimizer steps only: a step that a kill cuts off runs 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,16 +17,18 @@ import torch
 from torch import Tensor
 
 from lossledger.batch import Batch
+from lossledger.distributed import Group, together
 from lossledger.errors import CheckpointError, InputError
 from lossledger.forward import Forward
 from lossledger.ledger import Ledger, segments
-from lossledger.training import checkpoint, position, randomness
+from lossledger.training import checkpoint, parts, position, randomness
 from lossledger.training.average import Average
 from lossledger.training.callback import Callback, overrides
 from lossledger.training.callbacks import BackupAndRestore
 from lossledger.training.checkpoint import Checkpoint
-from lossledger.training.data import Data
+from lossledger.training.data import ArrayData, Data
 from lossledger.training.provenance import differences
+from lossledger.training.sharing import Turn, own_batches
 
 if TYPE_CHECKING:
     from lossledger.training.loop import Pass
@@ -82,7 +85,10 @@ class Changing:
 class Backup:
     """Writes the checkpoints of a run, and puts everything back from the one it goes on from.
 
+    All ranks call its methods; rank 0 writes the files, and its clock counts.
+
     Args:
+        group: the ranks.
         folder: of the run.
         found: the checkpoint to go on from, if any.
         fixed: what a checkpoint says of the whole run: recipe and seed.
@@ -92,29 +98,35 @@ class Backup:
 
     def __init__(
         self,
+        group: Group,
         folder: Path,
         found: Checkpoint | None,
         fixed: Mapping[str, Any],
         changing: Changing,
         save_freq: str | int | None,
     ) -> None:
+        self._group = group
         self._folder, self._fixed, self._changing, self._save_freq = folder, fixed, changing, save_freq
         self._state: dict[str, Any] | None = None if found is None else found.state
-        self._taken = 0
+        self._taken, self._ended = 0, False
         self._opening: dict[str, Any] | None = None
         self._next = 0.0
 
     # --- when ------------------------------------------------------------------------------------------------------
 
-    def due(self, steps: int) -> bool:
-        """Whether a checkpoint should be written after so many steps of the epoch."""
+    def is_time(self) -> bool:
+        """Whether the clock of this process asks for a checkpoint."""
+        return self._save_freq is None and time.perf_counter() >= self._next
+
+    def due(self, steps: int, turn: Turn) -> bool:
+        """Whether a checkpoint should be written after so many steps of the epoch, the last of which was this one."""
         if isinstance(self._save_freq, int):
             return (self._changing.progress.step - 1 + steps) % self._save_freq == 0
-        return self._save_freq is None and time.perf_counter() >= self._next
+        return self.is_time() if self._group.size == 1 else turn.saved
 
     def end_epoch(self, last: bool) -> None:
         """Write a checkpoint, if one is due at the end of this epoch."""
-        if last or self._save_freq == "epoch" or (self._save_freq is None and time.perf_counter() >= self._next):
+        if last or self._save_freq == "epoch" or self._group.agree(int(self.is_time()))[0][0]:
             self.write(None)
 
     def write(self, current: Pass | None) -> None:
@@ -124,12 +136,17 @@ class Backup:
             current: the pass of the epoch that runs; `None` between epochs.
         """
         started = time.perf_counter()
-        state = self._now(current)
+        state = {**self._fixed, **self._now(current)}
         # Telling a state may draw; when checkpoints are written must not change the run.
         randomness.restore(state["random"], self._changing.device)
-        checkpoint.write(self._folder / checkpoint.FOLDER, {**self._fixed, **state})
+        state = parts.collected(self._group, state, self._buffers(state["weights"]))
+        together(self._group, lambda: self._to_disk(state))
         ended = time.perf_counter()
         self._next = ended + (ended - started) / SHARE
+
+    def _to_disk(self, state: Mapping[str, Any]) -> None:
+        if self._group.rank == 0:
+            checkpoint.write(self._folder / checkpoint.FOLDER, state)
 
     # --- what ------------------------------------------------------------------------------------------------------
 
@@ -152,8 +169,14 @@ class Backup:
             "segments": {kind: segments.segment_names(self._folder / kind) for kind in _LEDGERS},
         }
 
+    def _buffers(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """What is not trained, and may differ by rank."""
+        trained = {p.data_ptr() for p in self._changing.forward.named_parameters().values()}
+        return [name for name, value in weights.items() if value.data_ptr() not in trained]
+
     def _within(self, current: Pass) -> dict[str, Any]:
-        return {"pass": current.state_dict(), "taken": self._taken, "opening": self._opening}
+        place = {"taken": self._taken, "ended": self._ended, "opening": self._opening}
+        return {"pass": current.state_dict(), **place}
 
     def begin(self) -> None:
         """Put everything back as it was; a new run writes its first checkpoint."""
@@ -181,8 +204,10 @@ class Backup:
         """Whether the next epoch is the rest of one that was interrupted."""
         return self._state is not None and self._state["epoch"] is not None
 
-    def batches(self, batch_size: int, order: Tensor | None, limit: int | None, current: Pass) -> Iterator[Batch]:
-        """The batches of the epoch that begins, or the rest of one that was interrupted.
+    def batches(
+        self, batch_size: int, order: Tensor | None, limit: int | None, current: Pass
+    ) -> Iterator[Batch | None]:
+        """The batches of the epoch that begins, or the rest of one that was interrupted, as `own_batches` gives them.
 
         Args:
             batch_size: samples of a batch.
@@ -192,28 +217,41 @@ class Backup:
         """
         data, device = self._changing.data, self._changing.device
         if self._state is None or self._state["epoch"] is None:
-            self._taken, self._opening = 0, position.opening_of(data, device)
-            batches = data.batches(batch_size, order)
+            self._taken, self._ended, self._opening = 0, False, position.opening_of(data, device)
+            batches = own_batches(data, batch_size, order, self._group)
             if self._opening is not None:
                 batches = position.seen_from(batches, self._opening)
         else:
             interrupted = self._state["epoch"]
             current.load_state_dict(interrupted["pass"])
             self._taken, self._opening = interrupted["taken"], interrupted["opening"]
-            batches = position.rest_of_epoch(data, batch_size, order, self._taken, self._opening, device)
+            batches = self._rest(batch_size, order, interrupted["ended"])
             position.restore_generators(data, self._state["data"]["generators"])
             self._settle()
         return self._counted(itertools.islice(batches, None if limit is None else limit - self._taken))
 
-    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _rest(self, batch_size: int, order: Tensor | None, ended: bool) -> Iterator[Batch | None]:
+        data = self._changing.data
+        if isinstance(data, ArrayData):
+            return own_batches(data, batch_size, order, self._group, self._taken)
+        if ended and data.has_state:
+            # Another rank has more batches than this one; its loader would begin anew.
+            return iter(())
+        return position.rest_of_epoch(data, self._taken, self._opening, self._changing.device)
+
+    def _counted(self, batches: Iterator[Batch | None]) -> Iterator[Batch | None]:
         for batch in batches:
             self._taken += 1
             yield batch
+        self._ended = True
 
     def _settle(self) -> None:
         """The last thing to put back; nothing may draw between here and the next step."""
         assert self._state is not None
-        randomness.restore(self._state["random"], self._changing.device)
+        if self._state["random"] is None:
+            randomness.apart(self._state["recipe"]["seed"], self._group.rank, self._state["step"] + self._taken)
+        else:
+            randomness.restore(self._state["random"], self._changing.device)
         self._state = None
 
 
@@ -239,6 +277,18 @@ def frequency(callbacks: Sequence[Callback], run_dir: Any) -> str | int | None:
 # --- the run to go on with -----------------------------------------------------------------------------------------
 
 
+def found_by(group: Group, folder: str | Path | None) -> Checkpoint | None:
+    """The checkpoint that a run goes on from, read by rank 0 for all ranks; `None` where no run has begun.
+
+    Args:
+        group: the ranks.
+        folder: of the run to go on with, if any.
+    """
+    if folder is None:
+        return None
+    return parts.of_first(group, together(group, lambda: find(Path(folder)) if group.rank == 0 else None))
+
+
 def find(folder: Path) -> Checkpoint | None:
     """The checkpoint that a run in this folder goes on from; `None` where no run has begun.
 
@@ -255,11 +305,16 @@ def find(folder: Path) -> Checkpoint | None:
 
 
 def open_run(
-    folder: str | Path | None, found: Checkpoint | None, recipe: Callable[[], Mapping[str, Any]], changing: Changing
+    group: Group,
+    folder: str | Path | None,
+    found: Checkpoint | None,
+    recipe: Callable[[], Mapping[str, Any]],
+    changing: Changing,
 ) -> tuple[Backup | None, Ledger | None]:
     """The backup of a run, and its ledger so far; nothing is touched before everything has been checked.
 
     Args:
+        group: the ranks.
         folder: of the run, if it has one.
         found: the checkpoint to go on from, if any.
         recipe: makes that of this call, which takes the whole state of the model.
@@ -275,12 +330,22 @@ def open_run(
     folder = Path(folder)
     ledger, made = None, recipe()
     if found is not None:
-        check_recipe(found, made, folder)
-        position.check_resumable(changing.data, "x", made["steps_per_epoch"])
-        if changing.validation is not None:
-            position.check_resumable(changing.validation, "validation_data", None)
-        ledger = reopened(found, folder)
-    return Backup(folder, found, {"recipe": dict(made)}, changing, save_freq), ledger
+        written, found = found, parts.of_rank(found, group)
+        together(group, functools.partial(_check, found, written, group, folder, made, changing))
+        last = found
+        ledger = together(group, lambda: reopened(last, folder) if group.rank == 0 else None)
+        ledger = group.first(ledger)
+    return Backup(group, folder, found, {"recipe": dict(made)}, changing, save_freq), ledger
+
+
+def _check(
+    found: Checkpoint, written: Checkpoint, group: Group, folder: Path, recipe: Mapping[str, Any], changing: Changing
+) -> None:
+    check_recipe(found, recipe, folder)
+    parts.check_ranks(written, group, changing.data, changing.validation)
+    position.check_resumable(changing.data, "x", recipe["steps_per_epoch"])
+    if changing.validation is not None:
+        position.check_resumable(changing.validation, "validation_data", None)
 
 
 def check_recipe(found: Checkpoint, recipe: Mapping[str, Any], folder: Path) -> None:

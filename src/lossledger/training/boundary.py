@@ -202,8 +202,9 @@ def check_fit(
     run_dir: Any,
     resume: Any,
     ledger_steps: Any,
+    writes: bool,
 ) -> None:
-    """The counts of `fit`, and its folder.
+    """The counts of `fit`, and its folder, which one process writes to.
 
     Raises:
         InputError: a count that is not a whole number in its range, a folder that holds a run, or none to resume.
@@ -220,7 +221,7 @@ def check_fit(
         raise InputTypeError(f"resume: expected True or False, received {resume!r}.")
     if resume and run_dir is None:
         raise InputError("resume: expected the folder of a run beside it, received run_dir=None. Pass run_dir.")
-    if run_dir is not None and not resume:
+    if run_dir is not None and not resume and writes:
         new_run(Path(run_dir))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from lossledger.batch import Batch
 from lossledger.distributed import Group, same_buffers, together
 from lossledger.errors import NonFiniteError
 from lossledger.ledger import Ledger
@@ -20,7 +21,7 @@ from lossledger.training.data import Data, order_of
 from lossledger.training.measure import MetricPlan
 from lossledger.training.progress import Show
 from lossledger.training.sampling import Numbering, Sampling, numbering
-from lossledger.training.sharing import alone, turns
+from lossledger.training.sharing import alone, never, own_batches, turns
 from lossledger.training.step import StepPlan
 from lossledger.training.watching import EpochEnd, watchers
 
@@ -74,7 +75,7 @@ class Fitting:
         progress, backup = self.progress, self.options.backup
         if backup is not None:
             backup.begin()
-        ended = bool(progress.done) and self.stopped() and not (backup is not None and backup.interrupted)
+        ended = bool(progress.done) and self._any_stopped() and not (backup is not None and backup.interrupted)
         for epoch in () if ended else self.epochs[len(progress.done) :]:
             result = self._train(epoch, show)
             logs, held = dict(result.logs), None
@@ -93,8 +94,7 @@ class Fitting:
             together(self.group, self._save)
             for callback in self.options.callbacks:
                 callback.on_epoch_end(epoch, logs)
-            stopped = any(stop for (stop,) in self.group.agree(int(self.stopped())))
-            last = stopped or epoch == self.epochs[-1]
+            last = self._any_stopped() or epoch == self.epochs[-1]
             if backup is not None:
                 backup.end_epoch(last)
             if last:
@@ -117,6 +117,9 @@ class Fitting:
         )
         for callback in watchers(self.options.callbacks):
             callback.on_validated(end)
+
+    def _any_stopped(self) -> bool:
+        return any(stop for (stop,) in self.group.agree(int(self.stopped())))
 
     def record(self, error: NonFiniteError) -> None:
         """What the first NaN came from, kept with the run."""
@@ -148,16 +151,16 @@ class Fitting:
             options = replace(options, by=samples.by)
         length = self.data.length
         order = order_of(length, self.seed, epoch) if length is not None and self.shuffled else None
-        if backup is None and self.group.size > 1:
-            windows = turns(
-                self.data, options.batch_size, options.accumulate, options.steps, order, self.group, current.is_due
-            )
-        elif backup is None:
-            windows = alone(
-                itertools.islice(self.data.batches(options.batch_size, order), options.steps), options.accumulate
-            )
+        if backup is None:
+            whole = own_batches(self.data, options.batch_size, order, self.group)
+            batches: Iterator[Batch | None] = itertools.islice(whole, options.steps)
         else:
-            windows = alone(backup.batches(options.batch_size, order, options.steps, current), options.accumulate)
+            batches = backup.batches(options.batch_size, order, options.steps, current)
+        if self.group.size == 1:
+            windows = alone(batches, options.accumulate)
+        else:
+            save = never if backup is None else backup.is_time
+            windows = turns(self.data, batches, options.accumulate, self.group, current.is_due, save)
         result = loop.train_epoch(self.plan, windows, options, current, self.progress.step)
         same_buffers(self.group, self.plan.net)
         for step, tallies in result.intervals:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lossledger.tally import Link, Tally
-from lossledger.training.running import Running, described, rebuilt
+from lossledger.training.running import Running, added, described, rebuilt
 from lossledger.window import merged
 
 Closed = list[tuple[int, dict[str, Tally]]]
@@ -58,6 +58,22 @@ class Intervals:
             (step, {name: rebuilt(told, links.get(name)) for name, told in part.items()})
             for step, part in state["closed"]
         ]
+
+
+def added_up(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `Intervals.state_dict` would tell of all that several have told of, whose steps are the same."""
+    closed = []
+    for parts in zip(*(state["closed"] for state in states), strict=True):
+        found: dict[str, Any] = {}
+        for _, part in parts:
+            for name, told in part.items():
+                known = found.get(name)
+                sums = (
+                    told["sums"] if known is None else [a + b for a, b in zip(known["sums"], told["sums"], strict=True)]
+                )
+                found[name] = {"kind": told["kind"], "sums": sums}
+        closed.append((parts[0][0], found))
+    return {"closed": closed, "open": added([state["open"] for state in states])}
 
 
 def of_all_ranks(parts: Iterable[Closed]) -> Closed:

@@ -31,7 +31,7 @@ from lossledger.training.named import Names
 from lossledger.training.progress import Show
 from lossledger.training.running import Running
 from lossledger.training.sampling import Sampling
-from lossledger.training.sharing import Turn, in_order, own_batches, turns
+from lossledger.training.sharing import Turn, in_order, never, own_batches, turns
 from lossledger.training.step import Observe, StepPlan, StepResult, train_step
 from lossledger.training.trace import nonfinite_error
 from lossledger.training.watching import watched, watchers
@@ -307,7 +307,7 @@ def train_epoch(
             recent.clear()
         for callback in end:
             callback.on_train_batch_end(index, LazyLogs(current.current))
-        if options.backup is not None and options.backup.due(current.steps):
+        if options.backup is not None and options.backup.due(current.steps, turn):
             current.check_replays()
             if watch:
                 stop_if_bad(plan, current, recent)
@@ -331,7 +331,8 @@ def train_single(plan: StepPlan, data: Data, current: Pass, watch: bool) -> Pass
         NonFiniteError: the loss is not finite, and `watch` is set.
     """
     device = plan.parameters[0].device
-    turn = next(turns(data, data.length or 1, 1, None, None, current.group, current.is_due))
+    share = own_batches(data, data.length or 1, None, current.group)
+    turn = next(turns(data, share, 1, current.group, current.is_due, never))
     batches = tuple(to_device(batch, device) for batch in turn.batches)
     spare = None if turn.spare is None else to_device(turn.spare, device)
     done = train_step(plan, batches, None, False, current.observe, turn.share, spare)
@@ -462,7 +463,8 @@ def _frozen(
             if one is not None:
                 yield one, False
         return
-    for turn in turns(data, batch_size, 1, steps, None, group, lambda: False):
+    batches = itertools.islice(own_batches(data, batch_size, None, group), steps)
+    for turn in turns(data, batches, 1, group, never, never):
         for position, batch in enumerate(padded(turn.batches, turn.share, True, turn.spare)):
             yield batch, position >= len(turn.batches)
 

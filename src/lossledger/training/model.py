@@ -227,9 +227,9 @@ class Model(Placed):
         Raises:
             CheckpointError: a run that cannot be resumed: damaged, of another recipe, or on data that cannot go on.
         """
-        group, written = self._group(), run_dir if self.writes else None
+        group, writes = self._group(), self.writes
         boundary.check_fit(
-            batch_size, epochs, accumulate, initial_epoch, validation_freq, written, resume, ledger_steps
+            batch_size, epochs, accumulate, initial_epoch, validation_freq, run_dir, resume, ledger_steps, writes
         )
         settings = self._require_compiled()
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype(), groups))
@@ -241,8 +241,8 @@ class Model(Placed):
         boundary.check_targets_of_all(plan, compiled.plan, data, held, self._device())
         boundary.warn_if_trainable_changed(plan, self._forward.named_parameters())
         calls = as_callbacks(callbacks)
-        sharing.check_run(group, resume, calls)
-        found = None if run_dir is None or not resume else backup.find(Path(run_dir))
+        saved = sharing.check_run(self.net, resume, calls)
+        found = backup.found_by(group, run_dir if resume else None)
         seed = boundary.seed_of(seed) if found is None or seed is not None else found.state["recipe"]["seed"]
         seed = int(group.gather(seed)[0])
         sharing.begin(group, self.net, seed)
@@ -251,7 +251,8 @@ class Model(Placed):
         average = Average(plan.parameters, settings.ema)
         progress = backup.Progress()
         saving, ledger = backup.open_run(
-            run_dir if group.size == 1 else None,
+            group,
+            run_dir if saved else None,
             found,
             lambda: recipe(
                 made,

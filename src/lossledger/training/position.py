@@ -77,28 +77,22 @@ def check_resumable(data: Data, name: str, steps: int | None) -> None:
 
 
 def rest_of_epoch(
-    data: Data,
-    batch_size: int,
-    order: Tensor | None,
+    data: IterableData,
     taken: int,
     opening: dict[str, Any] | None,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """The batches of an interrupted epoch that were not taken yet.
+    """The batches of an interrupted epoch that an iterable has not given yet.
 
     Args:
         data: the data.
-        batch_size: samples of a batch.
-        order: of the samples of arrays.
         taken: how many batches the run had taken.
-        opening: of an iterable without a state of its own: what `seen_from` noted when the epoch began.
+        opening: without a state of its own: what `seen_from` noted when the epoch began.
         device: of the model.
 
     Raises:
         CheckpointError: the iterable does not give the batches that it gave.
     """
-    if isinstance(data, ArrayData):
-        return data.batches(batch_size, order, taken)
     if data.has_state or opening is None:
         return data.read(data.opened(), taken)
     randomness.restore(opening["random"], device)
@@ -135,10 +129,10 @@ def opening_of(data: Data, device: torch.device) -> dict[str, Any] | None:
     }
 
 
-def seen_from(batches: Iterable[Batch], opening: dict[str, Any]) -> Iterator[Batch]:
+def seen_from(batches: Iterable[Batch | None], opening: dict[str, Any]) -> Iterator[Batch | None]:
     """The batches; the checksum of the first one is noted in `opening`."""
     for index, batch in enumerate(batches):
-        if index == 0:
+        if index == 0 and batch is not None:
             opening["first"] = checksum(batch)
         yield batch
 

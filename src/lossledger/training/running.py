@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +92,18 @@ class Running:
                 start += value.numel()
             found[name] = _rebuild(self._patterns[name], values)
         return found
+
+
+def added(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `Running.state_dict` would tell of all that several have told of."""
+    sums: dict[str, list[Any]] = {}
+    patterns: dict[str, Any] = {}
+    for state in states:
+        for name, values in state["sums"].items():
+            known = sums.get(name)
+            sums[name] = list(values) if known is None else [a + b for a, b in zip(known, values, strict=True)]
+            patterns.setdefault(name, state["patterns"][name])
+    return {"sums": sums, "patterns": patterns}
 
 
 def _kind(tally: Tally) -> dict[str, Any]:

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from lossledger.batch import Batch
-from lossledger.distributed import LONE_SHARE, Group, Share, cut, same_start, sharing_fate
+from lossledger.distributed import LONE_SHARE, Group, Share, cut, is_sharded, same_start, sharing_fate
 from lossledger.errors import InputError
 from lossledger.losses.parts import check_additive
 from lossledger.objective import Objective
 from lossledger.tally import Tally
+from lossledger.training import randomness
 from lossledger.training.callback import Callback
 from lossledger.training.callbacks import BackupAndRestore
 from lossledger.training.data import ArrayData, Data
@@ -49,60 +49,71 @@ class Turn:
         share: who has how many.
         spare: any batch of this rank, `None` before it had one.
         due: whether a log point follows, on all ranks at once.
+        saved: whether the clock asks for a checkpoint, that of rank 0.
     """
 
     batches: tuple[Batch, ...]
     share: Share = LONE_SHARE
     spare: Batch | None = None
     due: bool = False
+    saved: bool = False
 
 
 def turns(
     data: Data,
-    batch_size: int,
+    batches: Iterator[Batch | None],
     accumulate: int,
-    steps: int | None,
-    order: Tensor | None,
     group: Group,
     due: Callable[[], bool],
+    saved: Callable[[], bool],
 ) -> Iterator[Turn]:
     """The windows of an epoch, until no rank has data.
 
     Args:
         data: arrays, the same on all ranks; or the iterable of this rank.
-        batch_size: samples of a batch of arrays, over all ranks.
+        batches: those of this rank, as `own_batches` gives them.
         accumulate: batches of a window.
-        steps: batches of an epoch, if not all.
-        order: of the samples of arrays.
         group: the ranks.
         due: whether this process wants a log point; that of rank 0 decides.
+        saved: whether it wants a checkpoint; as above.
     """
     if group.size == 1:
-        yield from alone(itertools.islice(data.batches(batch_size, order), steps), accumulate)
+        yield from alone(batches, accumulate)
         return
-    batches = itertools.islice(own_batches(data, batch_size, order, group), steps)
     spare = next(data.part(0, 1).batches(1, None)) if isinstance(data, ArrayData) else None
     while True:
         mine = tuple(batch for batch in itertools.islice(batches, accumulate) if batch is not None)
-        said = group.agree(len(mine), int(due()))
-        share = Share(group, tuple(count for count, _ in said))
+        said = group.agree(len(mine), int(due()), int(saved()))
+        share = Share(group, tuple(count for count, *_ in said))
         if not any(share.counts):
             return
         spare = mine[0] if mine else spare
-        yield Turn(mine, share, spare, bool(said[0][1]))
+        yield Turn(mine, share, spare, bool(said[0][1]), bool(said[0][2]))
 
 
-def alone(batches: Iterator[Batch], accumulate: int) -> Iterator[Turn]:
+def never() -> bool:
+    """No log point, or no checkpoint."""
+    return False
+
+
+def alone(batches: Iterator[Batch | None], accumulate: int) -> Iterator[Turn]:
     """The windows of one process."""
-    return map(Turn, iter(lambda: tuple(itertools.islice(batches, accumulate)), ()))
+    return map(Turn, iter(lambda: tuple(itertools.islice(batches, accumulate)), ()))  # type: ignore[arg-type]
 
 
-def own_batches(data: Data, batch_size: int, order: Tensor | None, group: Group) -> Iterator[Batch | None]:
-    """The share of this rank in each batch, `None` where it is empty."""
-    if group.size == 1 or not isinstance(data, ArrayData):
-        yield from data.batches(batch_size, order)
-        return
-    for start in range(0, data.length, batch_size):
+def own_batches(
+    data: Data, batch_size: int, order: Tensor | None, group: Group, taken: int = 0
+) -> Iterator[Batch | None]:
+    """The share of this rank in each batch but the first `taken` of arrays, `None` where it is empty."""
+    if not isinstance(data, ArrayData):
+        return data.batches(batch_size, order)
+    if group.size == 1:
+        return data.batches(batch_size, order, taken)
+    return _shares(data, batch_size, order, group, taken)
+
+
+def _shares(data: ArrayData, batch_size: int, order: Tensor | None, group: Group, taken: int) -> Iterator[Batch | None]:
+    for start in range(taken * batch_size, data.length, batch_size):
         low, high = cut(start, min(start + batch_size, data.length), group)
         yield data.between(low, high, order) if high > low else None
 
@@ -139,8 +150,7 @@ def begin(group: Group, net: nn.Module, seed: int) -> None:
         return
     same_start(group, net)
     if group.rank:
-        # Far from the small numbers that scripts seed with: rank 1 must not draw what rank 0 draws.
-        torch.manual_seed((seed * 1_000_003 + group.rank * 0x9E3779B97F4A7C15) % 2**63)
+        randomness.apart(seed, group.rank)
     coupled = [n for n, m in net.named_modules() if _is_batch_norm(m)]
     if coupled and group.rank == 0:
         warnings.warn(
@@ -155,14 +165,16 @@ def _is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, norm) and not isinstance(module, nn.SyncBatchNorm)
 
 
-def check_run(group: Group, resume: bool, callbacks: Sequence[Callback]) -> None:
-    """Several ranks write the ledger of a run, and no checkpoints of `fit` yet.
+def check_run(net: nn.Module, resume: bool, callbacks: Sequence[Callback]) -> bool:
+    """Whether a run in a folder has checkpoints: that of a model of `fully_shard` has its ledger only.
 
     Raises:
-        InputError: a run to go on with, or checkpoints to write.
+        InputError: such a run to go on with, or checkpoints of it to write.
     """
-    if group.size > 1 and (resume or any(isinstance(callback, BackupAndRestore) for callback in callbacks)):
+    sharded = is_sharded(net)
+    if sharded and (resume or any(isinstance(callback, BackupAndRestore) for callback in callbacks)):
         raise InputError(
-            f"resume: expected one process, received {group.size} ranks, whose loaders and random numbers a checkpoint "
-            "does not hold. Save weights with ModelCheckpoint, and load them before fit(initial_epoch=…)."
+            "resume: expected a model that is whole on each rank, received one of fully_shard, of whose shards a "
+            "checkpoint holds none. Save weights with ModelCheckpoint, and load them before fit(initial_epoch=…)."
         )
+    return not sharded
