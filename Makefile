@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check bench docs clean
+.PHONY: demo test test-slow check bench exactness docs clean
 
 # One stamp for each set of extras: pip runs once, and again when the project's requirements change.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -18,6 +18,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 $(VENV)/.live: pyproject.toml constraints.txt $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[live]'
 	$(BIN)/python -m pip check
+	touch $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
 # The main job: train a U-Net twice on real digits, with the ledger on; ends with runs/demo/report.html.
@@ -40,11 +44,16 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
-# Speed, measured beside plain torch in one run; prints a table and writes benchmarks/results.
-bench: $(VENV)/.dev
+# Speed, measured beside plain torch in one run, then exactness; prints tables and writes benchmarks/results.
+bench: $(VENV)/.dev exactness
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/window.py
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/vocabulary.py
+
+# Errors of losses and gradients, beside other trainers.
+exactness: $(VENV)/.bench
+	$(BIN)/python benchmarks/exactness.py
 
 # The pages are Markdown; their code blocks are executed by the tests.
 docs: $(VENV)/.dev

@@ -1,0 +1,182 @@
+"""What does a window of four micro-batches cost, against gradient accumulation written by hand in plain torch?
+
+The demo's U-Net in float32 with binary cross-entropy and weights by class. Contenders run in one process, in turn,
+several times; the table shows medians and the ratio pair by pair. Their gradients are compared first.
+
+    python benchmarks/window.py [--repeats 9] [--steps 6] [--batch 16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import lossledger as ll
+from lossledger.demo.scenes import make_scenes
+from lossledger.demo.unet import UNet
+
+RESULTS = Path(__file__).parent / "results"
+ACCUMULATE = 4
+WEIGHTS = [1.0, 2.0, 0.5, 1.5, 3.0]
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=1e-3, fused=True)
+
+
+def plain(net, x, y, size, make_optimizer=adam):
+    """Gradient accumulation by hand: the mean of each batch over the number of batches."""
+    optimizer, weights = make_optimizer(net.parameters()), torch.tensor(WEIGHTS)
+    net.train()
+
+    def run() -> None:
+        for start in range(0, len(x), ACCUMULATE * size):
+            for first in range(start, start + ACCUMULATE * size, size):
+                batch = slice(first, first + size)
+                loss = F.binary_cross_entropy_with_logits(net(x[batch]), y[batch], weight=weights)
+                (loss / ACCUMULATE).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def stepped(net, x, y, size, by, make_optimizer=adam):
+    """`objective.step` in a loop of the caller's own."""
+    optimizer = make_optimizer(net.parameters())
+    objective = ll.Objective(ll.losses.BinaryCrossentropy(from_logits=True), class_weight=dict(enumerate(WEIGHTS)))
+    net.train()
+
+    def run() -> None:
+        for start in range(0, len(x), ACCUMULATE * size):
+            firsts = range(start, start + ACCUMULATE * size, size)
+            objective.step([(x[first : first + size], y[first : first + size]) for first in firsts], net, by=by)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def fitted(net, x, y, size):
+    """`fit(accumulate=4)`, with its ledger."""
+    model = ll.Model(net)
+    model.compile(adam, ll.losses.BinaryCrossentropy(from_logits=True))
+    weights = dict(enumerate(WEIGHTS))
+
+    def run() -> None:
+        model.fit(
+            x, y, batch_size=size, accumulate=ACCUMULATE, class_weight=weights, shuffle=False, verbose=0, checks="off"
+        )
+
+    return run
+
+
+def contenders(x, y, size) -> dict[str, Callable[[], None]]:
+    def net():
+        torch.manual_seed(0)
+        return UNet()
+
+    return {
+        "plain torch": plain(net(), x, y, size),
+        "objective.step, tallies by class": stepped(net(), x, y, size, "class"),
+        "objective.step, totals only": stepped(net(), x, y, size, None),
+        "fit, ledger by class": fitted(net(), x, y, size),
+    }
+
+
+def compare(x, y, size) -> float:
+    """The distance of the gradients of one window, relative to their size."""
+    found: list[torch.Tensor] = []
+
+    class Kept(torch.optim.SGD):
+        def step(self, closure=None):
+            found.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
+
+    for make in (plain, lambda *given, **named: stepped(*given, by=None, **named)):
+        torch.manual_seed(0)
+        make(UNet(), x[: ACCUMULATE * size], y[: ACCUMULATE * size], size, make_optimizer=lambda p: Kept(p, lr=0.0))()
+    return float((found[0] - found[1]).norm() / found[0].norm())
+
+
+def measure(repeats: int, steps: int, size: int) -> tuple[list[dict[str, object]], float]:
+    scenes = make_scenes(steps * ACCUMULATE * size, 64)
+    x, y = torch.from_numpy(scenes.images), torch.from_numpy(scenes.masks).float()
+    distance = compare(x, y, size)
+    runs = contenders(x, y, size)
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - began) / steps)
+    reference = times["plain torch"]
+    rows: list[dict[str, object]] = []
+    for name, values in times.items():
+        ratios = [a / b for a, b in zip(values, reference, strict=True)]
+        rows.append(
+            {
+                "contender": name,
+                "median_ms": statistics.median(values) * 1e3,
+                "ratio": statistics.median(ratios),
+                "ratio_low": min(ratios),
+                "ratio_high": max(ratios),
+            }
+        )
+    return rows, distance
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dry", action="store_true", help="print, and leave the results as they are")
+    options = parser.parse_args()
+    rows, distance = measure(options.repeats, options.steps, options.batch)
+    about = {
+        "torch": str(torch.__version__),
+        "lossledger": ll.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "repeats": options.repeats,
+    }
+    lines = [
+        f"# Cost of a window of {ACCUMULATE} micro-batches",
+        "",
+        f"The demo's U-Net in float32, {ACCUMULATE} × {options.batch} pictures of 64 × 64, binary cross-entropy with "
+        "weights by class, fused Adam. The plain loop divides the mean of each batch by the number of batches, which "
+        "is the same here, where all batches are of one size: the gradients of a step differ by "
+        f"{distance:.0e} of their size.",
+        "",
+        "Made by `make bench`. " + ", ".join(f"{k} {v}" for k, v in about.items()) + ".",
+        "",
+        "| contender | ms a step (median) | ratio (median) | lowest to highest |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['contender']} | {row['median_ms']:.1f} | {row['ratio']:.3f} "
+            f"| {row['ratio_low']:.3f} to {row['ratio_high']:.3f} |"
+        )
+    print("\n".join(lines))
+    if not options.dry:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "window.md").write_text("\n".join(lines) + "\n")
+        content = {"about": about, "gradients": distance, "rows": rows}
+        (RESULTS / "window.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
