@@ -414,6 +414,33 @@ def slices_of_samples(world, where):
     assert len(opened._groups().columns()["sample"].values) == 2 * N
 
 
+@case("memory", "folder")
+def samples_of_all_ranks(world, where):
+    """Each rank keeps the samples that it has seen, a segment each in the folder; together they are all, once."""
+    x, y = pairs()
+    options = {"batch_size": 5, "epochs": 2, "seed": 3, "verbose": 0, "samples": True, "validation_split": 0.3}
+    folder = {"run_dir": world.out / "sampled"} if where == "folder" else {}
+    found = simple().fit(x, y, **options, **folder).ledger
+    expected = simple(group=world.solo).fit(x, y, **options).ledger
+    dist.barrier()
+    if folder:
+        segments = list((world.out / "sampled" / "samples").iterdir())
+        assert len(segments) == 2 * world.size
+        found = ll.Ledger.open(world.out / "sampled")
+    for split in ("training", "validation"):
+        for epoch in (1, 2):
+            one, all_ = (ledger.samples.where(split=split, epoch=epoch) for ledger in (expected, found))
+            order = np.argsort(all_["sample"])
+            assert all_["sample"][order].tolist() == one["sample"].tolist()
+            for name in ("mean", "total", "count", "contribution"):
+                assert np.allclose(all_[name][order], one[name], rtol=1e-9, atol=1e-15), name
+    model = simple()
+    model.evaluate(x, y, batch_size=4, samples=True, verbose=0)
+    assert sorted(model.ledger.samples["sample"].tolist()) == list(range(N))
+    with pytest.raises(InputError, match="expected batches with ids"):
+        model.evaluate([(x, y)], samples=True, verbose=0)
+
+
 @case()
 def nobody_has_data(world):
     model = simple()
