@@ -1276,7 +1276,7 @@ def reads_of(monkeypatch, optimizer, steps, loss=None, net=None, y=None, **optio
         mode.paused = False
 
     monkeypatch.setattr(checking.Checking, "_batch", unseen)
-    extra = {k: v for k, v in options.items() if k == "class_weight"}
+    extra = {k: v for k, v in options.items() if k in ("class_weight", "samples")}
     extra |= {k: torch.ones(steps * 4) for k in ("sample_weight",) if options.get(k)}
     extra |= {k: torch.rand(steps * 4) < 0.5 for k in ("mask",) if options.get(k)}
     with mode:
@@ -1305,6 +1305,17 @@ STEPS = {
     },
     "function": {"loss": lambda: lambda y, p: (y - p).square().mean(-1)},
     "class weight": {"class_weight": {1: 2.0}},
+    "samples": {
+        "loss": lambda: L.BinaryCrossentropy(**LOGITS) + L.Dice(axis=(0, 1), from_logits="sigmoid"),
+        "mask": True,
+        "samples": True,
+    },
+    "samples of labels": {
+        "net": lambda: mlp(3, torch.float32),
+        "loss": lambda: L.SparseCategoricalCrossentropy(**LOGITS),
+        "y": lambda n: torch.arange(n) % 3,
+        "samples": True,
+    },
 }
 
 
