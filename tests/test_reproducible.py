@@ -276,8 +276,16 @@ def vars_of(row):
 def trained(batch_size, accumulate, reproducible=True):
     model, data = prepared(reproducible)
     held = tuple(data[name] for name in ("x", "y", "sample_weight"))
+    sites = {"site": [("north", "south", "east")[i * i % 5 % 3] for i in range(53)]}
     fitted = model.fit(
-        **data, batch_size=batch_size, accumulate=accumulate, epochs=2, validation_data=held, seed=1, verbose=0
+        **data,
+        groups=sites,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        epochs=2,
+        validation_data=held,
+        seed=1,
+        verbose=0,
     )
     return losses(fitted.history), ledger_rows(model.ledger)
 
@@ -293,8 +301,19 @@ SPLITS = [(53, 1), (8, 1), (3, 2), (1, 5), (20, 2)]
 def test_history_and_ledger_of_fit_have_the_same_bits_for_any_batch_size():
     found = [trained(*split) for split in SPLITS]
     assert all(one == found[0] for one in found[1:])
-    assert len(found[0][1]) > 20
+    assert {"site", "class", "term"} <= {kind for _, _, _, kind, *_ in found[0][1]}
     assert len({str(trained(*split, reproducible=False)) for split in SPLITS}) > 1
+
+
+def test_rows_of_single_samples_have_the_same_bits():
+    def found(batch_size):
+        model, given = prepared()
+        model.fit(**given, batch_size=batch_size, samples=True, seed=1, verbose=0)
+        return sorted(map(repr, model.ledger.samples))
+
+    rows = found(53)
+    assert len(rows) >= 53 * 3
+    assert found(7) == found(1) == rows
 
 
 def test_evaluate_has_the_same_bits_for_any_batch_size():

@@ -74,9 +74,11 @@ def reproducible_tally(loss: Loss, batch: Aligned, by: By = None) -> Tally:
         ]
         if not tallies:
             return _on_grid([loss.tally_aligned(batch, by)]).tally()
-        if isinstance(by, Tensor) or by == "sample":
-            # Rows of their own: they are appended, or found by their keys.
-            return functools.reduce(operator.add, (_on_grid([shifted(t, i)]) for i, t in enumerate(tallies))).tally()
+        if isinstance(by, Tensor):
+            # Each sample has rows of its own, which are found by their keys.
+            return functools.reduce(operator.add, (_on_grid([tally]) for tally in tallies)).tally()
+        if by == "sample":
+            return _on_grid([shifted(tally, i) for i, tally in enumerate(tallies)], apart=True).tally()
         return _on_grid(tallies).tally()
 
 
@@ -125,8 +127,8 @@ def _sample(batch: Aligned, index: int, size: int) -> Aligned:
     )
 
 
-def _on_grid(tallies: Sequence[Tally]) -> Grid:
-    """The sum of tallies that have the same rows, each number an entry of the grid."""
+def _on_grid(tallies: Sequence[Tally], apart: bool = False) -> Grid:
+    """The sum of tallies that have the same rows, or rows `apart`; each number is an entry of the grid."""
     first, device = tallies[0], tallies[0].numerator.device
     groups = first.groups
     columns = [[getattr(tally, name) for tally in tallies] for name in _SUMS]
@@ -142,24 +144,32 @@ def _on_grid(tallies: Sequence[Tally]) -> Grid:
         high = (rest / step).round() * step + 0.0
         # NaN and infinity stay what they are, in the first part alone.
         rest = torch.where(rest.isfinite(), rest - high, 0.0)
-        split = torch.split(high.sum(0), [values[0].numel() for values in stacked])
+        split = torch.split(high, [values[0].numel() for values in stacked], 1)
         sums: list[Any] = [_whole(column) if position == 0 else _none(column[0]) for column in columns]
-        for i, values, total in zip(fractions, stacked, split, strict=True):
-            sums[i] = total.reshape(values.shape[1:])
+        for i, values, piece in zip(fractions, stacked, split, strict=True):
+            kept = apart and i >= len(_SUMS)
+            sums[i] = piece.reshape(-1) if kept else piece.sum(0).reshape(values.shape[1:])
         if position == 0:
             size = high.abs().sum()
-        parts.append(_part(tallies, sums, position == 0))
+        parts.append(_part(tallies, sums, position == 0, apart))
     return Grid(tuple(parts), size, len(tallies))
 
 
-def _part(tallies: Sequence[Tally], sums: Sequence[Any], counts: bool) -> Tally:
+def _part(tallies: Sequence[Tally], sums: Sequence[Any], counts: bool, apart: bool) -> Tally:
     """A tally of these sums; the coarse part has the counts."""
     first = tallies[0]
     groups = first.groups
     if groups is not None:
-        counted = [tally.groups.count for tally in tallies if tally.groups is not None]
+        own = [tally.groups for tally in tallies if tally.groups is not None]
         rows = dict(zip(_ROWS, sums[len(_SUMS) :], strict=True))
-        groups = replace(groups, count=_total(counted) if counts else torch.zeros_like(counted[0]), **rows)
+        if apart:
+            count = torch.cat([one.count for one in own])
+            keys = None if groups.keys is None else tuple(key for one in own for key in one.keys or ())
+            cell = None if groups.cell is None else tuple(place for one in own for place in one.cell or ())
+            groups = replace(groups, keys=keys, cell=cell)
+        else:
+            count = _total([one.count for one in own])
+        groups = replace(groups, count=count if counts else torch.zeros_like(count), **rows)
     return replace(
         first,
         **dict(zip(_SUMS, sums, strict=False)),

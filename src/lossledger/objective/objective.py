@@ -304,6 +304,10 @@ class Objective:
             found[name] = auxiliary_tally(name, value, samples)
         return found
 
+    def by_sample(self, plan: TermPlan, batch: Aligned) -> Tally:
+        """The tally of a term with a row for each sample, for a ratio one for each of its cells."""
+        return (reproducible_tally if self.reproducible else type(plan.loss).tally_aligned)(plan.loss, batch, "sample")
+
     def check_parts(self, batches: Sequence[Aligned]) -> None:
         """Every loss adds up over parts of a window.
 

@@ -34,7 +34,7 @@ class GroupSums:
         kind: what the groups are.
         term: name of the term.
         names: of the groups.
-        sums: `[4, groups, cells]`: numerator, total, count and weight.
+        sums: `[4, groups, cells]`: numerator, total, count and weight; on a grid `[4 · parts, groups, cells]`.
         cells: whether each cell has a divisor of its own.
     """
 
@@ -92,16 +92,19 @@ class Grouping:
             self._step.append((codes, self._by_sample(batch, outputs)))
 
     def _by_sample(self, batch: Batch, outputs: Any) -> dict[str, Tensor]:
-        """`[4, B, cells]` of each data term."""
+        """`[4, B, cells]` of each data term, part by part on a grid."""
         objective, found = self._objective, {}
         with torch.no_grad():
             aligned, _, size = objective.align(batch.y, outputs, batch.sample_weight, batch.mask, checked=True)
             for plan, one in zip(objective.terms, aligned, strict=True):
-                rows = plan.loss.tally_aligned(one, "sample").groups
-                assert rows is not None
-                self._cells[plan.name] = rows.cell is not None
-                sums = (rows.numerator, rows.total, rows.count, rows.weight)
-                found[plan.name] = torch.stack([column.double() for column in sums]).reshape(4, size, -1)
+                tally = objective.by_sample(plan, one)
+                sums: list[Tensor] = []
+                for part in (tally,) if tally.grid is None else tally.grid.parts:
+                    rows = part.groups
+                    assert rows is not None
+                    self._cells[plan.name] = rows.cell is not None
+                    sums += (rows.numerator, rows.total, rows.count, rows.weight)
+                found[plan.name] = torch.stack([column.double() for column in sums]).reshape(len(sums), size, -1)
         return found
 
     def add(self, bad: Tensor | None = None) -> None:
@@ -119,7 +122,7 @@ class Grouping:
         """The sums of a kind, with room for every group that was met."""
         size, known = self._names.number(kind), self._sums.get((kind, term))
         if known is None or known.shape[1] < size:
-            wide = like.new_zeros(4, size, like.shape[2])
+            wide = like.new_zeros(like.shape[0], size, like.shape[2])
             if known is not None:
                 wide[:, : known.shape[1]] = known
             self._sums[kind, term] = known = wide
@@ -170,7 +173,7 @@ def of_all_ranks(parts: Iterable[list[GroupSums]]) -> list[GroupSums]:
 
 def _joined(a: GroupSums, b: GroupSums) -> GroupSums:
     names = {name: place for place, name in enumerate(dict.fromkeys((*a.names, *b.names)))}
-    sums = np.zeros((4, len(names), a.sums.shape[2]))
+    sums = np.zeros((len(a.sums), len(names), a.sums.shape[2]))
     for part in (a, b):
         sums[:, [names[name] for name in part.names]] += part.sums
     return replace(a, names=tuple(names), sums=sums)
@@ -191,7 +194,9 @@ def rows(
     for one in groups:
         cells = one.sums.shape[2]
         keys = tuple((name, f"cell {cell}" if one.cells else "") for name in one.names for cell in range(cells))
-        numerator, total, count, weight = one.sums.reshape(4, -1)
+        # Parts of a grid, fine ones first.
+        summed: NDArray[np.float64] = np.add.reduce(one.sums.reshape(-1, 4, len(keys))[::-1])
+        numerator, total, count, weight = summed
         divided = Groups(
             one.kind, keys, numerator, total, count, weight, tuple(range(cells)) * len(one.names) if one.cells else None
         )

@@ -125,11 +125,14 @@ class Sampling:
         """
         objective = self._objective
         taken, self.by.taken = self.by.taken, {}
+        if objective.reproducible:
+            # What a step has summed by sample has the bits of its batch.
+            taken = {}
         with torch.no_grad():
             if any(plan.name not in taken for plan in objective.terms):
                 aligned, _, _ = objective.align(batch.y, outputs, batch.sample_weight, batch.mask, checked=True)
                 for plan, one in zip(objective.terms, aligned, strict=True):
-                    groups = None if plan.name in taken else plan.loss.tally_aligned(one, "sample").groups
+                    groups = None if plan.name in taken else objective.by_sample(plan, one).groups
                     if groups is not None:
                         taken[plan.name] = groups, one
             size = next(iter(taken.values()))[1].prediction.raw.shape[0]
