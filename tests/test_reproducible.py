@@ -86,6 +86,12 @@ def expect_any_split(row, reduction, seed, weights, masks, dtype):
     plain = loss.tally(*arrays, by=by)
     assert int(plain.count) == int(whole.count)
     assert float(plain.value) == pytest.approx(float(whole.value), rel=1e-5, abs=1e-6)
+    if by is not None:
+        assert plain.groups.keys == whole.groups.keys and plain.groups.cell == whole.groups.cell
+        for name in ("numerator", "total", "count", "weight"):
+            mine, other = (torch.as_tensor(getattr(t.groups, name)).double() for t in (whole, plain))
+            assert torch.allclose(mine, other, rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(whole.contributions(), plain.contributions().double(), rtol=1e-4, atol=1e-5)
 
 
 @given(rows, reductions, seeds, st.booleans(), st.booleans(), st.sampled_from([torch.float32, torch.float64]))
@@ -309,10 +315,11 @@ def test_rows_of_single_samples_have_the_same_bits():
     def found(batch_size):
         model, given = prepared()
         model.fit(**given, batch_size=batch_size, samples=True, seed=1, verbose=0)
-        return sorted(map(repr, model.ledger.samples))
+        names = ("term", "sample", "total", "count", "weight", "mean", "contribution")
+        return sorted(zip(*(map(repr, model.ledger.samples[name].tolist()) for name in names), strict=True))
 
     rows = found(53)
-    assert len(rows) >= 53 * 3
+    assert len(rows) == 53 * 3
     assert found(7) == found(1) == rows
 
 

@@ -188,7 +188,13 @@ class Grid:
 
     def tally(self) -> Tally:
         """The tally that the parts add up to: fine parts first, always in this order."""
-        return replace(functools.reduce(operator.add, reversed(self.parts)), grid=self)
+        first = self.parts[0].groups
+        if first is None or first.keys is not None:
+            return replace(functools.reduce(operator.add, reversed(self.parts)), grid=self)
+        # Rows without keys would be appended: here the same row of every part is one row.
+        named = tuple((row, "") for row in range(len(first)))
+        whole = self.map(lambda part: _keyed(part, named)).tally()
+        return replace(_keyed(whole, None), grid=self)
 
     def check(self) -> None:
         """The sums are exact; reads a value.
@@ -204,6 +210,11 @@ class Grid:
             f"{size:.3g} and {entries}; beyond, bits depend on the order of the additions. Rescale the loss or "
             "the weights, or compile with reproducible=False."
         )
+
+
+def _keyed(tally: Tally, keys: tuple[GroupKey, ...] | None) -> Tally:
+    """The tally with other keys of its rows."""
+    return tally if tally.groups is None else replace(tally, groups=replace(tally.groups, keys=keys))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
