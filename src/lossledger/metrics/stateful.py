@@ -264,6 +264,38 @@ class KerasMetric(Stateful):
             return Result(float(tensor))
         return Result(float(tensor.nanmean()), tuple(tensor.tolist()))
 
+    @property
+    def built(self) -> bool:
+        """Whether the metric has its variables."""
+        return bool(self.metric.variables)
+
+    def values(self) -> list[Tensor]:
+        """The sums of the metric on the host; none before it was built.
+
+        Raises:
+            InputError: a variable that does not add up over parts of the data.
+        """
+        for variable in self.metric.variables:
+            if getattr(variable, "aggregation", "sum") != "sum":
+                raise InputError(
+                    f"{self.name}: expected variables that add up over ranks, received {variable.name!r} with the "
+                    f"aggregation {variable.aggregation!r}. Use a metric of lossledger.metrics, or one process."
+                )
+        return [variable.value.detach().cpu().clone() for variable in self.metric.variables]
+
+    def compute_of(self, values: list[Tensor]) -> Result:
+        """The value at sums that `values` told, of several ranks added up; this one's stay as they are."""
+        before = self.values()
+        self._assign(values)
+        try:
+            return self.compute()
+        finally:
+            self._assign(before)
+
+    def _assign(self, values: list[Tensor]) -> None:
+        for variable, value in zip(self.metric.variables, values, strict=True):
+            variable.assign(value)
+
     def reset(self) -> None:
         """Forget all batches."""
         self.metric.reset_state()

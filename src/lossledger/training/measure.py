@@ -181,9 +181,18 @@ class Measures:
             if isinstance(p.metric, metrics.TorchMetric):
                 anywhere = any(count for (count,) in group.agree(int(p.metric.updated)))
                 found[p.name] = p.metric.compute(over_ranks=True) if anywhere else metrics.Result(math.nan)
+            elif isinstance(p.metric, metrics.KerasMetric):
+                found[p.name] = _of_keras(p.metric, group)
             elif p.name in sums:
                 found[p.name] = p.metric.result(sums[p.name].numpy())
         return found
+
+
+def _of_keras(metric: metrics.KerasMetric, group: Group) -> metrics.Result:
+    """The value over all ranks; some metrics are built by their first batch, which a rank may not have had."""
+    built = [values for values in group.gather(metric.values()) if values]
+    mine = metric.compute_of([sum(parts[1:], parts[0]) for parts in zip(*built, strict=True)]) if metric.built else None
+    return next((result for result in group.gather(mine) if result is not None), metrics.Result(math.nan))
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
