@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from browser import CHROMIUM, Page, chromium
+from lossledger.ledger.samples import sample_columns
 from lossledger.report import report
 from test_report import HOSTILE, fake, save_with_pictures
 
@@ -26,6 +29,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     first = fake("plain", steps=40)
     first.info["findings"] = [{"code": "CLS2", "severity": "warning", "message": HOSTILE, "remedy": "Look."}]
+    whole = next(row for row in reversed(first.rows) if row.kind == "term" and row.role == "data")
+    quarter = replace(whole, kind="position", contribution=whole.contribution / 4, total=whole.total / 4)
+    first.append([replace(quarter, group=f"{row},{column}") for row in (0, 8) for column in (0, 8)])
+    names = ("total", "count", "weight", "mean", "contribution", "coefficient")
+    for epoch in (1, 2):
+        values = {"sample": np.arange(20), "confidence": np.linspace(0.1, 0.9, 20) ** epoch, "correct": np.ones(20)}
+        values |= {name: np.ones(20) for name in names}
+        first.append_samples(sample_columns("cce", "training", epoch, values))
     save_with_pictures(first, folder / "plain")
     save_with_pictures(fake(HOSTILE, dice=0.5, weight=3.0), folder / "dice")
     return report(folder, folder / "report.html")
@@ -108,6 +119,16 @@ def test_the_class_table_sorts(page: Page) -> None:
     assert page.ask("document.querySelector('table.sortable th[aria-sort]').getAttribute('aria-sort')") == "descending"
     page.press("Enter", 13)
     assert page.ask(CLASS_NAMES) == ["road", "building", "tree", "car", "sign"]
+
+
+def test_samples_and_places_have_tabs_and_are_drawn(page: Page) -> None:
+    page.ask("document.querySelectorAll('#runs > .tablist [role=tab]')[2].click()")
+    here = "[...document.querySelectorAll('article:not([hidden]) {}')].find(found => {} === '{}')"
+    for name, marks, number in (("Confidence", ".mark-symbol.role-mark path", 20), ("Places", ".mark-rect path", 4)):
+        page.ask(here.format("[role=tab]", "found.textContent", name) + ".click()")
+        panel = here.format("[data-tab]", "found.dataset.tab", name)
+        assert page.ask(f"{panel}.checkVisibility()")
+        assert page.ask(f"{panel}.querySelectorAll('{marks}').length") == number
 
 
 def test_charts_say_their_numbers_under_the_mouse(page: Page) -> None:

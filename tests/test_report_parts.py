@@ -37,7 +37,7 @@ def digits():
         loss=CategoricalCrossentropy(from_logits=True),
         class_names=["cat", "dog", HOSTILE],
     )
-    site = np.where(np.arange(200) >= 180, "north", "south")
+    site = np.where(np.arange(200) >= 165, "north", "south")
     return model.fit(
         x, np.eye(3)[label], epochs=5, batch_size=20, samples=True, groups={"site": site}, verbose=0, seed=0
     ).ledger
@@ -87,7 +87,7 @@ def test_slices_are_the_groups_of_the_ledger(digits: Ledger) -> None:
     (table,) = run.slices
     assert (table.kind, table.split, [row.group for row in table.rows]) == ("site", "training", ["north", "south"])
     north = table.rows[0]
-    assert north.count == 20 and north.entries == pytest.approx(0.1)
+    assert north.count == 35 and north.entries == pytest.approx(0.175)
     by_site = {row["site"]: row for row in digits.table(["site"], epoch=5, split="training")}
     assert north.mean == pytest.approx(by_site["north"]["mean"]) and north.share == pytest.approx(
         by_site["north"]["share"]
@@ -97,6 +97,22 @@ def test_slices_are_the_groups_of_the_ledger(digits: Ledger) -> None:
     # Classes are no slices, and slices no classes.
     assert {row.name for row in run.tables[0].rows} == {"cat", "dog", HOSTILE}
     assert list(slice_tables([row for row in digits.rows if row.kind in ("term", "class")], 1.0)) == []
+
+
+def test_the_worst_slices_are_those_of_the_ledger(digits: Ledger) -> None:
+    (run,) = build_view(digits).runs
+    assert run.worst == digits.worst_slices(10) and run.worst is not None
+    assert str(run.worst.rows[0]) == "site=north" and run.worst.tested == 2 and run.worst.significant == 1
+    said = " ".join(as_text(build_view(digits)).split())
+    assert "were compared with the rest of 200 samples; 1 is worse by more than chance" in said
+    assert "Worse than the rest" in Page(render(build_view(digits))).text
+    assert json.loads(as_json(build_view(digits)))["runs"][0]["worst"]["tested"] == 2
+    # Samples without groups have none.
+    assert build_view(fake()).runs[0].worst is None
+
+
+def test_provenance_says_how_many_ranks(digits: Ledger) -> None:
+    assert dict(build_view(digits).runs[0].provenance)["ranks"] == "1"
 
 
 def test_every_form_says_them_and_names_do_no_harm(digits: Ledger) -> None:

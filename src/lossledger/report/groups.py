@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lossledger.ledger import Row
+from lossledger.errors import InputError
+from lossledger.ledger import Ledger, Row, Slices
 from lossledger.ledger.table import exact_sum
 from lossledger.report.shares import CLASS_KINDS, quotient
 
 PLACE = "position"
+MOST_SLICES = 10
 _NO_SLICES = (*CLASS_KINDS, "term", "sample", PLACE)
 
 
@@ -86,6 +88,23 @@ def _slices(own: Sequence[Row], loss: float) -> SliceTable:
 def _mean(rows: Sequence[Row]) -> float | None:
     """The own mean of rows, a unit of weight."""
     return quotient(exact_sum(row.total for row in rows), exact_sum(row.weight for row in rows))
+
+
+def worst_slices(ledger: Ledger, most: int = MOST_SLICES) -> Slices | None:
+    """Groups of samples, and conjunctions of them, that are worse than the rest; None where no groups were kept.
+
+    Args:
+        ledger: of one run.
+        most: slices to name.
+    """
+    if not len(ledger.samples):
+        return None
+    try:
+        found = ledger.worst_slices(most)
+    except InputError:
+        # Samples without groups, or groups of another split.
+        return None
+    return found if found.tested else None
 
 
 def place_maps(final: Sequence[Row]) -> Iterator[PlaceMap]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from lossledger.ledger import Diff
+from lossledger.ledger import Diff, Slices
 from lossledger.ledger.table import DASH, aligned, cell_width, clean, shortened
 from lossledger.report.charts import Curve
 from lossledger.report.gap import gap_cells, gap_sentence
@@ -225,6 +225,34 @@ def slice_cells(table: SliceTable) -> tuple[list[str], list[list[str]]]:
     return heads, lines
 
 
+def worst_sentence(found: Slices) -> str:
+    """How many slices were tested, and how many of them are worse than the rest by more than chance.
+
+    Args:
+        found: of a run.
+    """
+    return (
+        f"{found.tested:,} groups of samples, and conjunctions of two, were compared with the rest of "
+        f"{found.samples:,} samples; {found.significant:,} {'is' if found.significant == 1 else 'are'} worse by more "
+        f"than chance. The p-values pay for every test (Holm, level {found.level:g})."
+    )
+
+
+def worst_cells(found: Slices) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the worst slices.
+
+    Args:
+        found: of a run.
+    """
+    heads = ["slice", "samples", "of all", "mean loss", "outside", "difference", "p"]
+    lines = []
+    for row in found:
+        numbers = (row.mean, row.outside, row.effect, row.p)
+        shown = (display(row.count, "count"), display(row.share, "percent"), *map(display, numbers))
+        lines.append([str(row), *shown])
+    return heads, lines
+
+
 def place_sentence(found: PlaceMap) -> str:
     """Where the mean loss is highest and lowest.
 
@@ -337,6 +365,10 @@ def _run_parts(run: RunView, form: _Form) -> Iterator[str]:
     for slices in run.slices:
         yield form.heading(f"By {slices.kind}: {slices.term}, {slices.split}", 3)
         yield form.table(*slice_cells(slices))
+    if run.worst is not None:
+        yield form.heading("Worst slices", 3)
+        yield form.paragraph(worst_sentence(run.worst))
+        yield form.table(*worst_cells(run.worst))
     for places in run.maps:
         yield form.heading(f"By place: {places.term}, {places.split}", 3)
         yield form.paragraph(place_sentence(places))

@@ -12,11 +12,11 @@ from itertools import chain
 from typing import Any
 
 from lossledger.errors import InputError
-from lossledger.ledger import Diff, Imbalance, Ledger, MetricRow, Row
+from lossledger.ledger import Diff, Imbalance, Ledger, MetricRow, Row, Slices
 from lossledger.ledger.table import exact_sum
 from lossledger.report.charts import Curve, curves
 from lossledger.report.gap import GapView, gap_view
-from lossledger.report.groups import PlaceMap, SliceTable, place_maps, slice_tables
+from lossledger.report.groups import PlaceMap, SliceTable, place_maps, slice_tables, worst_slices
 from lossledger.report.origin import provenance
 from lossledger.report.samples import Cartography, SampleTable, cartography, sample_tables
 from lossledger.report.shares import ClassRow, ClassTable, OutputShare, TermShare, class_tables, output_shares, quotient
@@ -102,6 +102,7 @@ class RunView:
     cartography: Cartography | None = None
     slices: tuple[SliceTable, ...] = ()
     maps: tuple[PlaceMap, ...] = ()
+    worst: Slices | None = None
 
     @property
     def terms(self) -> tuple[TermShare, ...]:
@@ -180,6 +181,7 @@ def _run_view(name: str, ledger: Ledger, against: tuple[str, Ledger] | None) -> 
         cartography=cartography(ledger),
         slices=tuple(chain.from_iterable(slice_tables(own, ledger.loss(own[0].split)) for own in divided)),
         maps=tuple(chain.from_iterable(map(place_maps, divided))),
+        worst=worst_slices(ledger),
     )
 
 

@@ -247,7 +247,7 @@ class Model(Placed):
         seed = int(group.gather(seed)[0])
         sharing.begin(group, self.net, seed)
         params = {"epochs": epochs, "steps": boundary.updates_of(steps, accumulate), "seed": seed}
-        made = provenance(plan, seed, batch_size, accumulate)
+        made = provenance(plan, seed, batch_size, accumulate, group.size)
         average = Average(plan.parameters, settings.ema)
         progress = backup.Progress()
         saving, ledger = backup.open_run(
@@ -388,7 +388,7 @@ class Model(Placed):
             metrics, device = self._compiled().metrics, self._device()
             result = evaluated(plan, metrics, data, batch_size, steps, show, device, group, kept)
             show.end("evaluate", result.steps, result.seconds, result.logs)
-        self.ledger = Ledger("evaluate", provenance(plan, None, batch_size))
+        self.ledger = Ledger("evaluate", provenance(plan, None, batch_size, ranks=group.size))
         post(self.ledger, plan.objective, result, "test", 0, group)
         return as_keras(result.logs, return_dict)
 

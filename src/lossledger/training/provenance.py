@@ -16,9 +16,14 @@ from lossledger.batch import leaves
 from lossledger.training.data import ArrayData, Data
 from lossledger.training.step import StepPlan
 
+# What may differ between a run and the call that resumes it, or is known from the weights.
+_FREE = ("learning_rate", "versions", "parameters", "ranks")
 
-def provenance(plan: StepPlan, seed: int | None, batch_size: int, accumulate: int = 1) -> dict[str, Any]:
-    """Recipe, divisors, seed, sizes and versions, as values that JSON can hold."""
+
+def provenance(
+    plan: StepPlan, seed: int | None, batch_size: int, accumulate: int = 1, ranks: int = 1
+) -> dict[str, Any]:
+    """Recipe, divisors, seed, sizes, ranks and versions, as values that JSON can hold."""
     objective = plan.objective
     return {
         "recipe": {t.name: {"loss": repr(t.loss), "weight": t.coefficient} for t in objective.terms},
@@ -33,6 +38,7 @@ def provenance(plan: StepPlan, seed: int | None, batch_size: int, accumulate: in
         "accumulate": accumulate,
         "seed": seed,
         "parameters": sum(p.numel() for p in plan.parameters),
+        "ranks": ranks,
         "versions": {
             "lossledger": lossledger.__version__,
             "torch": str(torch.__version__),
@@ -59,7 +65,7 @@ def recipe(
         validation: to validate on.
         settings: more of the same, by name.
     """
-    kept = {name: value for name, value in made.items() if name not in ("learning_rate", "versions", "parameters")}
+    kept = {name: value for name, value in made.items() if name not in _FREE}
     shapes = {name: f"{value.dtype} {tuple(value.shape)}" for name, value in state.items()}
     step = {"precision": str(plan.autocast or "float32"), "clip_norm": plan.clip_norm}
     whole = {**kept, **step, "weights": shapes, "data": _described(data), "validation data": _described(validation)}
