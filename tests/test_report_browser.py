@@ -29,7 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     first = fake("plain", steps=40)
     first.info["findings"] = [{"code": "CLS2", "severity": "warning", "message": HOSTILE, "remedy": "Look."}]
-    whole = next(row for row in reversed(first.rows) if row.kind == "term" and row.role == "data")
+    whole = next(row for row in reversed(first.rows) if (row.kind, row.role, row.step) == ("term", "data", None))
     quarter = replace(whole, kind="position", contribution=whole.contribution / 4, total=whole.total / 4)
     first.append([replace(quarter, group=f"{row},{column}") for row in (0, 8) for column in (0, 8)])
     names = ("total", "count", "weight", "mean", "contribution", "coefficient")
