@@ -124,7 +124,10 @@ def test_the_class_table_sorts(page: Page) -> None:
 def test_samples_and_places_have_tabs_and_are_drawn(page: Page) -> None:
     page.ask("document.querySelectorAll('#runs > .tablist [role=tab]')[2].click()")
     here = "[...document.querySelectorAll('article:not([hidden]) {}')].find(found => {} === '{}')"
-    for name, marks, number in (("Confidence", ".mark-symbol.role-mark path", 20), ("Places", ".mark-rect path", 4)):
+    for name, marks, number in (
+        ("Confidence", ".mark-symbol.role-mark path", 20),
+        ("Places", ".mark-rect.role-mark path", 4),
+    ):
         page.ask(here.format("[role=tab]", "found.textContent", name) + ".click()")
         panel = here.format("[data-tab]", "found.dataset.tab", name)
         assert page.ask(f"{panel}.checkVisibility()")
