@@ -240,7 +240,7 @@ OPTIONS = {
     },
     "idle": {"batch_size": 11, "accumulate": 1, "ledger_steps": 1},
     "accumulate": {"batch_size": 2, "accumulate": 3, "ledger_steps": 3},
-    "tiny": {"batch_size": 1},
+    "tiny": {"batch_size": 1, "spread": True, "ledger_steps": 5},
     "adam": {"optimizer": "adam"},
     "clip": {"clip_norm": 0.05, "ema": 0.7},
     "record": {"on_nonfinite": "record", "validation_split": 0.3},

@@ -20,7 +20,7 @@ import torch
 import lossledger as ll
 from lossledger.errors import ExtraError
 from lossledger.ledger import MetricRow
-from lossledger.ledger.ledger import ROW_COLUMNS, Row
+from lossledger.ledger.rows import ROW_COLUMNS, Row
 from lossledger.training.callback import overrides
 from lossledger.training.series import LONGEST_NAME, Names, Series
 from lossledger.training.sinks import extra
@@ -220,7 +220,9 @@ def test_csv_has_the_rows_of_the_ledger(tmp_path, cut):
     history = trained(tmp_path / "run", make, cut)
     lines = read_rows(tmp_path / "rows.csv")
     assert list(lines[0]) == list(ROW_COLUMNS)
-    make_value = {"str": str, "int": int, "float": float, "int | None": lambda text: int(text) if text else None}
+    make_value = {"str": str, "int": int, "float": float}
+    make_value |= {"int | None": lambda text: int(text) if text else None}
+    make_value |= {"float | None": lambda text: float(text) if text else None}
     kinds = {field.name: make_value[str(field.type)] for field in dataclasses.fields(Row)}
     read = [Row(**{name: kinds[name](text) for name, text in line.items()}) for line in lines]
     assert read == list(history.ledger.rows)

@@ -17,6 +17,7 @@ from lossledger.errors import LedgerError
 from lossledger.ledger import Ledger, MetricRow, Row
 from lossledger.ledger import segments as store
 from lossledger.ledger.columns import encoded, grouped, joined
+from lossledger.ledger.rows import ROW_COLUMNS
 
 
 def row(epoch: int, total: float, group: str = "", step: int | None = None) -> Row:
@@ -32,10 +33,13 @@ def saved(folder: Path) -> Path:
     return next((folder / "ledger").iterdir())
 
 
+FIRST = "* EXCLUDE (minimum, maximum, squares)"
+
+
 def as_version_1(path: Path) -> Path:
-    """The segment as version 1 wrote it: without checksum and without version."""
+    """The segment as version 1 wrote it: without checksum, without version, without the spread of elements."""
     old = path.with_name("rank0-process1-000001.parquet")
-    duckdb.connect().execute(f"COPY (SELECT * FROM '{path}') TO '{old}' (FORMAT parquet, COMPRESSION zstd)")
+    duckdb.connect().execute(f"COPY (SELECT {FIRST} FROM '{path}') TO '{old}' (FORMAT parquet, COMPRESSION zstd)")
     path.unlink()
     return old
 
@@ -144,7 +148,29 @@ def test_a_segment_of_version_1_opens_and_grows(tmp_path: Path) -> None:
 def test_a_segment_says_its_version(tmp_path: Path) -> None:
     path = saved(tmp_path)
     said = duckdb.connect().execute(f"SELECT key, value FROM parquet_kv_metadata('{path}')").fetchall()
-    assert (b"lossledger_segment", b"2") in said
+    assert (b"lossledger_segment", b"3") in said
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_columns_that_came_later_have_no_value_in_older_segments_only(tmp_path: Path, version: int) -> None:
+    path = saved(tmp_path)
+    before = Ledger.open(tmp_path).rows
+    old = path.with_name("old.parquet")
+    options = f"FORMAT parquet, KV_METADATA {{lossledger_segment: '{version}'}}"
+    duckdb.connect().execute(f"COPY (SELECT {FIRST} FROM '{path}') TO '{old}' ({options})")
+    path.unlink()
+    old.rename(old.with_name(f"old-000001-{hashlib.sha256(old.read_bytes()).hexdigest()}.parquet"))
+    if version == 3:
+        with pytest.raises(LedgerError, match="it lacks the columns minimum, maximum, squares"):
+            Ledger.open(tmp_path)
+        return
+    assert Ledger.open(tmp_path).rows == before
+    # A new segment beside it has them.
+    ledger = Ledger.open(tmp_path)
+    new = Row(**{name: getattr(row(6, 1.0), name) for name in ROW_COLUMNS} | {"minimum": -1.5, "maximum": math.inf})
+    ledger.append([new])
+    ledger.flush()
+    assert Ledger.open(tmp_path).rows == (*before, new)
 
 
 def test_a_segment_without_its_checksum_is_refused(tmp_path: Path) -> None:
@@ -154,7 +180,7 @@ def test_a_segment_without_its_checksum_is_refused(tmp_path: Path) -> None:
         Ledger.open(tmp_path)
 
 
-@pytest.mark.parametrize("version", ["3", "99", "new", "", "-1", "9" * 50])
+@pytest.mark.parametrize("version", ["4", "99", "new", "", "-1", "9" * 50])
 def test_a_segment_of_another_version_is_refused(tmp_path: Path, version: str) -> None:
     path = saved(tmp_path)
     newer = path.with_name("newer-000002.parquet")

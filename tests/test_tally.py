@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lossledger as ll
 from lossledger.errors import InputError
-from lossledger.tally import Groups, Tally, divide
+from lossledger.tally import Groups, Spread, Tally, divide
 
 fractions = st.fractions(-5, 5, max_denominator=7)
 counts = st.integers(0, 9)
@@ -78,6 +78,49 @@ def test_value_of_the_whole_is_total_over_divisor(parts):
     whole = sum(parts)
     total, divisor = sum(p.numerator for p in parts), sum(p.divisor for p in parts)
     assert whole.value == (total / divisor if divisor else 0)
+
+
+@st.composite
+def spreads(draw):
+    """The spread of some elements, and the elements."""
+    elements = draw(st.lists(fractions, max_size=4))
+    if not elements:
+        return Spread.zero(), elements
+    return Spread(min(elements), max(elements), sum(e * e for e in elements)), elements
+
+
+def reach(one):
+    return one.minimum, one.maximum, one.squares
+
+
+@given(spreads(), spreads(), spreads())
+def test_spreads_merge_in_any_order_and_grouping_to_that_of_the_whole(a, b, c):
+    merged = (a[0] + b[0]) + c[0]
+    assert reach(merged) == reach(a[0] + (b[0] + c[0])) == reach(c[0] + b[0] + a[0])
+    assert reach(merged + Spread.zero()) == reach(Spread.zero() + merged) == reach(merged)
+    every = [*a[1], *b[1], *c[1]]
+    if every:
+        assert reach(merged) == (min(every), max(every), sum(e * e for e in every))
+
+
+@pytest.mark.parametrize("array", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+@given(parts=st.lists(st.lists(st.floats(-9, 9), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_spreads_of_arrays_are_those_of_numpy(array, parts):
+    whole = Spread.zero()
+    for part in parts:
+        rows = array(np.array(part))
+        whole = whole + Spread(rows, rows, rows * rows)
+    stacked = np.array(parts)
+    assert np.asarray(whole.minimum).tolist() == stacked.min(0).tolist()
+    assert np.asarray(whole.maximum).tolist() == stacked.max(0).tolist()
+    np.testing.assert_allclose(np.asarray(whole.squares), (stacked**2).sum(0), rtol=1e-14)
+
+
+@pytest.mark.parametrize("array", [float, np.asarray, torch.as_tensor], ids=["number", "numpy", "torch"])
+def test_a_spread_shows_what_is_not_a_number(array):
+    bad, good = Spread(*[array(float("nan"))] * 3), Spread(*[array(1.0)] * 3)
+    for whole in (bad + good, good + bad):
+        assert all(value != value for value in reach(whole))
 
 
 @given(tallies(), tallies())

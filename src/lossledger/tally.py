@@ -218,6 +218,56 @@ def _keyed(tally: Tally, keys: tuple[GroupKey, ...] | None) -> Tally:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Spread:
+    """How far the elements of a part reach, without weights; spreads of parts merge with `+` to that of the whole.
+
+    Args:
+        minimum: the smallest element, infinite where there is none; `[R]` for groups.
+        maximum: the largest element, minus infinity where there is none.
+        squares: Σ element².
+
+    Example:
+        >>> whole = Spread(-1.0, 2.0, 5.0) + Spread(0.5, 3.0, 9.25) + Spread.zero()
+        >>> whole.minimum, whole.maximum, whole.squares
+        (-1.0, 3.0, 14.25)
+    """
+
+    minimum: Number
+    maximum: Number
+    squares: Number
+
+    @classmethod
+    def zero(cls) -> Spread:
+        """The spread of no element: `zero() + s` and `s + zero()` are `s`."""
+        return _NO_SPREAD
+
+    def __add__(self, other: Spread) -> Spread:
+        if self is _NO_SPREAD:
+            return other
+        if other is _NO_SPREAD:
+            return self
+        return Spread(
+            _extreme("minimum", self.minimum, other.minimum),
+            _extreme("maximum", self.maximum, other.maximum),
+            self.squares + other.squares,
+        )
+
+
+_NO_SPREAD = Spread(float("inf"), float("-inf"), 0)
+
+
+def _extreme(which: str, a: Number, b: Number) -> Number:
+    """The smaller or larger of two numbers or arrays; NaN where either is."""
+    if hasattr(a, which) and hasattr(b, which):
+        return getattr(a, which)(b)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return getattr(np, which)(a, b)
+    if a != a or b != b:
+        return a if a != a else b
+    return min(a, b) if which == "minimum" else max(a, b)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Tally:
     """What a part of the data adds up to; tallies of unequal parts add with `+` to the tally of the whole.
 

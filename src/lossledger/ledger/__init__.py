@@ -4,7 +4,8 @@ Imports the standard library only; DuckDB is loaded when a run is saved or opene
 """
 
 from lossledger.ledger.diff import Diff, DiffRow
-from lossledger.ledger.ledger import Imbalance, Ledger, MetricRow, Row
+from lossledger.ledger.ledger import Imbalance, Ledger
+from lossledger.ledger.rows import MetricRow, Row
 from lossledger.ledger.slices import Slice, Slices, worst_slices
 from lossledger.ledger.table import Table
 

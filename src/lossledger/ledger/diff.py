@@ -20,7 +20,7 @@ from lossledger.ledger.table import aligned, cell_width, exact_sum, significant
 if TYPE_CHECKING:
     import pandas
 
-    from lossledger.ledger.ledger import Row
+    from lossledger.ledger.rows import Row
 
 # What makes two numbers incomparable: the same arrays would give different losses.
 RECIPE = ("recipe", "divisors", "class_weight", "regularizers")

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 # Of run.json.
 SCHEMA_VERSION = 1
-# Of a segment: version 1 had no checksum in its name, and did not say its version.
-SEGMENT_VERSION = 2
+# Of a segment: version 1 had no checksum in its name, and did not say its version; 2 had no spread of the elements.
+SEGMENT_VERSION = 3
+# Columns that came later, with the first version that has them; in older segments they have no value.
+LATER = {"minimum": 3, "maximum": 3, "squares": 3}
 RUN_FILE = "run.json"
 # More than a run of years writes at once; a hostile file may declare any number.
 MOST_RECORDS = 10**8
@@ -202,7 +204,7 @@ def _refuse_damage(path: Path) -> None:
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, path: Path, kinds: Mapping[str, str]) -> None:
-    """Add the records of one file to the table `records`."""
+    """Add the records of one file to the table `records`; columns that came later have no values in older files."""
     import duckdb
 
     quoted = quote_path(path)
@@ -211,16 +213,20 @@ def _insert(connection: duckdb.DuckDBPyConnection, path: Path, kinds: Mapping[st
     wrong = ""
     try:
         said = dict(connection.execute(f"SELECT key, value FROM parquet_kv_metadata({quoted})").fetchall())
-        wrong = _refused(path, said.get(b"lossledger_segment", b"1"))
+        version = said.get(b"lossledger_segment", b"1")
+        wrong = _refused(path, version)
         described = connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()
-        missing = [name for name in kinds if name not in {column[0] for column in described}]
+        lacking = set(kinds) - {column[0] for column in described}
+        number = SEGMENT_VERSION if wrong else int(version)
+        missing = [name for name in kinds if name in lacking and number >= LATER.get(name, 1)]
         (records,) = connection.execute(f"SELECT sum(num_rows) FROM parquet_file_metadata({quoted})").fetchall()[0]
-        if missing:
-            wrong = wrong or f"it lacks the columns {', '.join(missing)}"
+        if missing and not wrong:
+            wrong = f"it lacks the columns {', '.join(missing)}"
         elif records > MOST_RECORDS:
             wrong = wrong or f"it declares {records} records, more than {MOST_RECORDS}"
         elif not wrong:
-            casts = ", ".join(f'CAST("{name}" AS {kind})' for name, kind in kinds.items())
+            values = {name: "NULL" if name in lacking else f'"{name}"' for name in kinds}
+            casts = ", ".join(f"CAST({values[name]} AS {kind})" for name, kind in kinds.items())
             connection.execute(f"INSERT INTO records SELECT {casts} FROM {source}")
     except duckdb.ConstraintException as error:
         column = str(error).rpartition("records.")[2].split()[0]

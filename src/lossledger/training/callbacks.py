@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import torch
 
 from lossledger.errors import CheckpointError, InputError, InputTypeError, UnknownNameError
-from lossledger.ledger.ledger import ROW_COLUMNS
+from lossledger.ledger.rows import ROW_COLUMNS
 from lossledger.training.callback import Callback, Logs, awaited, monitored
 from lossledger.training.gap import Gap
 from lossledger.training.schedule import LearningRateScheduler, is_scheduler

@@ -15,7 +15,7 @@ from lossledger.errors import NonFiniteError
 from lossledger.ledger import Ledger
 from lossledger.ledger.samples import stacked
 from lossledger.objective import Objective
-from lossledger.training import boundary, grouping, loop, measure, posting
+from lossledger.training import boundary, grouping, loop, measure, posting, spreading
 from lossledger.training.backup import Progress
 from lossledger.training.data import Data, order_of
 from lossledger.training.measure import MetricPlan
@@ -48,6 +48,7 @@ class Fitting:
         progress: how far a resumed run was.
         group: the ranks that share the data.
         samples: keep what each sample brings to the loss.
+        spread: keep how far the elements reach.
         first_held: index of the first sample of the validation in the data that were given.
     """
 
@@ -68,6 +69,7 @@ class Fitting:
     progress: Progress
     group: Group
     samples: bool = False
+    spread: bool = False
     first_held: int = 0
 
     def run(self, show: Show) -> tuple[dict[str, list[float]], list[int]]:
@@ -145,7 +147,15 @@ class Fitting:
         show.begin(self._title(epoch), boundary.updates_of(steps, options.accumulate))
         samples = Sampling(self.plan.objective, numbering(self.data, self.group)) if self.samples else None
         current = loop.Pass(
-            self.plan.objective, self.metrics, self.device, show, self.group, options.every, samples, self.data.names
+            self.plan.objective,
+            self.metrics,
+            self.device,
+            show,
+            self.group,
+            options.every,
+            samples,
+            self.data.names,
+            self.spread,
         )
         if samples is not None:
             options = replace(options, by=samples.by)
@@ -165,7 +175,8 @@ class Fitting:
         same_buffers(self.group, self.plan.net)
         for step, tallies in result.intervals:
             number = self.progress.step - 1 + step
-            self.ledger.append(posting.rows(self.plan.objective, tallies, "training", epoch + 1, number))
+            rows = posting.rows(self.plan.objective, tallies, "training", epoch + 1, number)
+            self.ledger.append(spreading.filled(rows, result.spread[1].get(step, {})))
         post(self.ledger, self.plan.objective, result, "training", epoch + 1, self._pooled)
         return result
 
@@ -173,7 +184,9 @@ class Fitting:
         with boundary.about_validation():
             size = self.options.batch_size
             samples = numbering(data, self.group, self.first_held) if self.samples else None
-            result = evaluated(self.frozen_plan, self.metrics, data, size, None, show, self.device, self.group, samples)
+            result = evaluated(
+                self.frozen_plan, self.metrics, data, size, None, show, self.device, self.group, samples, self.spread
+            )
         post(self.ledger, self.frozen_plan.objective, result, "validation", epoch + 1, self._pooled)
         return result
 
@@ -193,11 +206,12 @@ def evaluated(
     device: torch.device,
     group: Group,
     samples: Numbering | None = None,
+    spread: bool = False,
 ) -> loop.PassResult:
     """One pass over data while the weights stand still."""
     show.begin("evaluate", data.steps(batch_size) if steps is None else steps)
     kept = None if samples is None else Sampling(plan.objective, samples)
-    current = loop.Pass(plan.objective, metrics, device, show, group, samples=kept, names=data.names)
+    current = loop.Pass(plan.objective, metrics, device, show, group, samples=kept, names=data.names, spread=spread)
     return loop.evaluate_pass(plan, data, batch_size, steps, current, boundary.checked_at_once(data, device))
 
 
@@ -217,10 +231,11 @@ def post(
         for ids, groups in [grouped] if pooled is None else pooled.gather(grouped):
             if groups:
                 ledger.append_groups(split, ids, groups)
+    rows = [
+        *posting.rows(objective, result.tallies, split, epoch),
+        *grouping.rows(objective, result.tallies, result.groups, split, epoch),
+    ]
     ledger.append(
-        [
-            *posting.rows(objective, result.tallies, split, epoch),
-            *grouping.rows(objective, result.tallies, result.groups, split, epoch),
-        ],
+        spreading.filled(rows, result.spread[0]),
         measure.metric_rows(objective, result.metrics, split, epoch),
     )

@@ -18,7 +18,7 @@ from lossledger.errors import EmptyDataError, LossledgerError, NonFiniteError
 from lossledger.forward import run_forward
 from lossledger.objective import Objective
 from lossledger.tally import Tally
-from lossledger.training import grouping, posting
+from lossledger.training import grouping, posting, spreading
 from lossledger.training.callback import Callback, overrides
 from lossledger.training.checking import Checking
 from lossledger.training.data import Data
@@ -32,6 +32,7 @@ from lossledger.training.progress import Show
 from lossledger.training.running import Running
 from lossledger.training.sampling import Sampling
 from lossledger.training.sharing import Turn, in_order, never, own_batches, turns
+from lossledger.training.spreading import Found, Spreading
 from lossledger.training.step import Observe, StepPlan, StepResult, train_step
 from lossledger.training.trace import nonfinite_error
 from lossledger.training.watching import watched, watchers
@@ -59,6 +60,7 @@ class PassResult:
         samples: what each sample told, where that is kept.
         groups: the sums by named group.
         grouped: by kind, the group of each of the samples.
+        spread: of the elements, where that was asked for, and of each interval by its last step.
     """
 
     tallies: dict[str, Tally]
@@ -70,6 +72,7 @@ class PassResult:
     samples: Sampling | None = None
     groups: list[GroupSums] = field(default_factory=list)
     grouped: dict[str, list[str]] = field(default_factory=dict)
+    spread: tuple[Found, dict[int, Found]] = field(default_factory=lambda: ({}, {}))
 
 
 class Pass:
@@ -84,6 +87,7 @@ class Pass:
         every: steps of an interval whose sums are kept by themselves, if any.
         samples: takes what each sample tells, if that is kept.
         names: of the groups of the data, if there may be any.
+        spread: keep how far the elements reach.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class Pass:
         every: int | None = None,
         samples: Sampling | None = None,
         names: Names | None = None,
+        spread: bool = False,
     ) -> None:
         self.objective = objective
         self.group = group
@@ -103,6 +108,7 @@ class Pass:
         self.running = Running(device)
         self.intervals = None if every is None else Intervals(every, device)
         self.grouping = None if names is None else Grouping(objective, names, samples is not None)
+        self.spread = Spreading(objective, names, every) if spread else None
         self.measures = Measures(objective, plans)
         self._measured = bool(plans)
         self._differs: Tensor | None = None
@@ -118,6 +124,8 @@ class Pass:
         found: Observe | None = self.measures.collect if self._measured else None
         if self.samples is not None:
             found = self.samples.observing(found)
+        if self.spread is not None:
+            found = self.spread.observing(found)
         return found if self.grouping is None else self.grouping.observing(found)
 
     def add(self, tallies: dict[str, Tally], done: StepResult | None = None, skip: bool = False) -> None:
@@ -138,6 +146,8 @@ class Pass:
             self.samples.add(bad if skip else None)
         if self.grouping is not None:
             self.grouping.add(bad if skip else None)
+        if self.spread is not None:
+            self.spread.add(self.steps, bad if skip else None)
         self._last = tallies
         if bad is not None:
             self._bad_steps += bad
@@ -149,6 +159,7 @@ class Pass:
         intervals = None if self.intervals is None else self.intervals.state_dict()
         sums = {"running": self.running.state_dict(), "intervals": intervals}
         groups = None if self.grouping is None else self.grouping.state_dict()
+        sums["spread"] = None if self.spread is None else self.spread.state_dict()
         state = {"steps": self.steps, **sums, "measures": self.measures.state_dict(), "groups": groups}
         return state if self.samples is None else {**state, "samples": self.samples.state_dict()}
 
@@ -161,6 +172,8 @@ class Pass:
             self.intervals.load_state_dict(state["intervals"], links)
         if self.grouping is not None:
             self.grouping.load_state_dict(state["groups"], self._bad_steps.device)
+        if self.spread is not None:
+            self.spread.load_state_dict(state["spread"], self._bad_steps.device)
         self.measures.load_state_dict(state["measures"], self._bad_steps.device)
         if self.samples is not None:
             self.samples.load_state_dict(state["samples"])
@@ -215,7 +228,16 @@ class Pass:
         sums = [] if self.grouping is None else grouping.of_all_ranks(group.gather(self.grouping.read()))
         seconds = time.perf_counter() - self.started
         grouped = {} if self.grouping is None else self.grouping.kept()
-        return PassResult(tallies, logs, measured, steps, seconds, intervals, self.samples, sums, grouped)
+        return PassResult(
+            tallies, logs, measured, steps, seconds, intervals, self.samples, sums, grouped, self._spreads()
+        )
+
+    def _spreads(self) -> tuple[Found, dict[int, Found]]:
+        if self.spread is None:
+            return {}, {}
+        ranks = self.group.gather((self.spread.read(), dict(self.spread.intervals(self.steps))))
+        parts = {step: spreading.of_all_ranks(found[step] for _, found in ranks) for step in ranks[0][1]}
+        return spreading.of_all_ranks(whole for whole, _ in ranks), parts
 
     def empty(self) -> bool:
         """Whether no rank had a batch."""

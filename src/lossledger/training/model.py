@@ -187,6 +187,7 @@ class Model(Placed):
         ignore_checks: Sequence[str] = (),
         ledger_steps: int | None = None,
         samples: bool = False,
+        spread: bool = False,
     ) -> History:
         """Train.
 
@@ -220,6 +221,8 @@ class Model(Placed):
             ignore_checks: codes to leave out, see `docs/checks`.
             ledger_steps: steps whose sums become rows of the ledger with a step, besides the rows of each epoch.
             samples: keep the loss of every sample by term in every epoch, see `Ledger.samples`.
+            spread: keep the smallest and largest element and Σ element² of each row, at the cost of another pass over
+                the elements.
 
         Returns:
             the history, with the ledger.
@@ -270,6 +273,7 @@ class Model(Placed):
                 on_nonfinite=settings.on_nonfinite,
                 ledger_steps=ledger_steps,
                 samples=samples or None,
+                spread=spread or None,
             ),
             backup.Changing(
                 self._forward,
@@ -316,6 +320,7 @@ class Model(Placed):
             progress=progress,
             group=group,
             samples=check_samples(samples),
+            spread=bool(spread),
             first_held=(data.length or 0) if validation_split else 0,
         )
         params_of_callbacks = {**params, "validation": held is not None, "resumed": found is not None}
@@ -358,6 +363,7 @@ class Model(Placed):
         return_dict: bool = False,
         samples: bool = False,
         groups: Mapping[str, Any] | None = None,
+        spread: bool = False,
     ) -> Any:
         """The loss and the metrics of data, the same for every batch size.
 
@@ -372,6 +378,7 @@ class Model(Placed):
             return_dict: return numbers by name.
             samples: as in `fit`; in `model.ledger.samples`.
             groups: as in `fit`.
+            spread: as in `fit`.
 
         Returns:
             the loss, or a list of the loss and the other numbers, or a dict.
@@ -386,7 +393,7 @@ class Model(Placed):
         with self._show(verbose) as show:
             kept = numbering(data, group, again=False) if check_samples(samples) else None
             metrics, device = self._compiled().metrics, self._device()
-            result = evaluated(plan, metrics, data, batch_size, steps, show, device, group, kept)
+            result = evaluated(plan, metrics, data, batch_size, steps, show, device, group, kept, bool(spread))
             show.end("evaluate", result.steps, result.seconds, result.logs)
         self.ledger = Ledger("evaluate", provenance(plan, None, batch_size, ranks=group.size))
         post(self.ledger, plan.objective, result, "test", 0, group)
