@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from lossledger.forward import run_forward
 from lossledger.objective import Objective
 from lossledger.tally import Tally
 from lossledger.training import grouping, posting, spreading
-from lossledger.training.callback import Callback, overrides
+from lossledger.training.callback import Callback, LazyLogs, overrides
 from lossledger.training.checking import Checking
 from lossledger.training.data import Data
 from lossledger.training.gate import bad_elements
@@ -245,28 +245,6 @@ class Pass:
 
     def _metric_values(self) -> dict[str, float]:
         return {name: result.value for name, result in self.measures.read().items()}
-
-
-class LazyLogs(Mapping[str, float]):
-    """The numbers so far, read from the device when somebody looks."""
-
-    def __init__(self, read: Callable[[], dict[str, float]]) -> None:
-        self._read = read
-        self._values: dict[str, float] | None = None
-
-    def _now(self) -> dict[str, float]:
-        if self._values is None:
-            self._values = self._read()
-        return self._values
-
-    def __getitem__(self, name: str) -> float:
-        return self._now()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._now())
-
-    def __len__(self) -> int:
-        return len(self._now())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
