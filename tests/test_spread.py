@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,11 @@ import torch
 from torch import nn
 
 import lossledger as ll
+from lossledger.distributed import joined
+from lossledger.errors import CheckpointError
+from lossledger.training.checkpoint import Checkpoint
+from lossledger.training.data import array_data
+from lossledger.training.parts import check_ranks
 
 L = ll.losses
 N, COLUMNS = 21, 3
@@ -194,3 +201,15 @@ def test_a_resumed_run_has_the_spread_of_the_whole(tmp_path, monkeypatch, step):
     found = fitted(run_dir=tmp_path / "run", callbacks=[backup], resume=True)
     assert found.rows == fitted().rows
     assert ll.Ledger.open(tmp_path / "run").rows == found.rows
+
+
+def test_another_number_of_ranks_is_refused_in_the_middle_of_an_epoch():
+    x, y = data()
+    held = array_data(x, y)
+    alone, three = joined(None, torch.device("cpu")), SimpleNamespace(size=3, rank=0)
+    for spread, passes in ((None, True), ({"whole": []}, False)):
+        so_far = {"measures": {"own": {}}, "groups": None, "spread": spread}
+        written = Checkpoint(1, {"epoch": {"pass": so_far}})
+        check_ranks(written, alone, held)
+        with contextlib.nullcontext() if passes else pytest.raises(CheckpointError, match="but spread=True keeps"):
+            check_ranks(written, three, held)

@@ -153,6 +153,7 @@ def check_ranks(written: Checkpoint, group: Group, *given: Data | None) -> None:
     own += ["named groups of samples keep"] * (so_far["groups"] is not None) + ["samples=True keeps"] * (
         "samples" in so_far
     )
+    own += ["spread=True keeps"] * (so_far.get("spread") is not None)
     if own:
         raise CheckpointError(
             f"{said}{own[0]} a state of its own on each rank, in the middle of an epoch. Go on with {wrote} ranks "
