@@ -339,6 +339,42 @@ def test_state_of_torchmetrics_goes_on(tmp_path):
         assert differing(whole, fitted(tmp_path / f"{moment}", resume=True)) == []
 
 
+@pytest.mark.parametrize("name", ["BinaryAccuracy", "F1Score"])
+def test_state_of_metrics_of_keras_goes_on(tmp_path, name):
+    """Of one with variables from the start, and of one that its first batch builds."""
+    keras = pytest.importorskip("keras")
+
+    def fitted(folder, moment=None, **options):
+        model = ll.Model(net())
+        model.compile("adam", mixed(), metrics=[getattr(keras.metrics, name)(threshold=0.2)])
+        return started(folder, model=model, moment=moment, **options)
+
+    whole = fitted(tmp_path / "whole")
+    for moment in (4, 9, 17):
+        with pytest.raises(Killed):
+            fitted(tmp_path / f"{moment}", moment)
+        assert differing(whole, fitted(tmp_path / f"{moment}", resume=True)) == []
+
+
+def test_sums_that_wait_for_a_batch_are_never_left_out():
+    keras = pytest.importorskip("keras")
+    from lossledger.metrics import KerasMetric
+
+    y, p = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.9, 0.8], [0.1, 0.7]])
+    first, second = KerasMetric(keras.metrics.F1Score(threshold=0.5)), KerasMetric(keras.metrics.F1Score(threshold=0.5))
+    first.update(y, p)
+    second.load_state_dict(first.state_dict(), torch.device("cpu"))
+    assert equal(second.state_dict(), first.state_dict())
+    with pytest.raises(InputError, match="built by a batch"):
+        second.compute()
+    first.update(1 - y, p)
+    second.update(1 - y, p)
+    assert second.compute() == first.compute()
+    second.reset()
+    second.update(y, p)
+    assert second.compute().value == pytest.approx((1 + 2 / 3) / 2)
+
+
 def test_buffers_outside_the_state_dict_and_tied_weights_are_kept(tmp_path):
     class Odd(nn.Module):
         def __init__(self):

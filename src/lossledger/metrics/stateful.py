@@ -55,6 +55,14 @@ class Stateful:
         """Forget all batches."""
         raise NotImplementedError
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the batches so far."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `state_dict` told."""
+        raise NotImplementedError
+
 
 @final
 class TorchMetric(Stateful):
@@ -229,6 +237,8 @@ class KerasMetric(Stateful):
             raise InputTypeError(f"Expected a metric object of Keras (update_state, result), received {metric!r}.")
         super().__init__(name or str(metric.name))
         self.metric = metric
+        # Sums of an interrupted epoch, until the first batch makes the variables that they belong to.
+        self._waiting: list[Tensor] = []
 
     @torch.no_grad()
     def update(self, y_true: Any, y_pred: Any, sample_weight: Any = None, mask: Any = None) -> None:
@@ -246,14 +256,25 @@ class KerasMetric(Stateful):
             None if value is None else as_tensor(value, f"{self.name}: {what}", device=pred.device)
             for what, value in (("sample_weight", sample_weight), ("mask", mask))
         )
-        self.metric.update_state(true, pred, sample_weight=masked_weight(weight, inside))
+        weight = masked_weight(weight, inside)
+        if self._waiting:
+            self.metric.update_state(true, pred, sample_weight=weight)
+            self._assign(self._waiting)
+            self._waiting = []
+        self.metric.update_state(true, pred, sample_weight=weight)
 
     def compute(self) -> Result:
         """The value of all batches since the last reset; of a vector, one value a class and their mean.
 
         Raises:
+            InputError: sums of an interrupted epoch that wait for a batch.
             InputTypeError: the metric computes something else than numbers in one row.
         """
+        if self._waiting:
+            raise InputError(
+                f"{self.name}: the run was interrupted after the last batch of an epoch, and this metric of Keras is "
+                "built by a batch; expected one that is built when it is made. Use a metric of lossledger.metrics."
+            )
         value = self.metric.result()
         tensor = value.detach().double().cpu() if isinstance(value, Tensor) else torch.tensor(value).double()
         if tensor.ndim > 1:
@@ -299,6 +320,24 @@ class KerasMetric(Stateful):
     def reset(self) -> None:
         """Forget all batches."""
         self.metric.reset_state()
+        self._waiting = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The variables of the metric after the batches so far."""
+        return {"values": self._waiting or [v.value.detach().cpu().clone() for v in self.metric.variables]}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `state_dict` told; Keras keeps the variables on a device of its own.
+
+        Args:
+            state: of the same metric.
+            device: of the predictions.
+        """
+        self.reset()
+        if len(state["values"]) == len(self.metric.variables):
+            self._assign(state["values"])
+        else:
+            self._waiting = state["values"]
 
     def __repr__(self) -> str:
         return f"KerasMetric({type(self.metric).__name__}, name={self.name!r})"

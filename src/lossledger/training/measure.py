@@ -141,14 +141,14 @@ class Measures:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, and the states of the metrics that keep their own."""
-        own = {p.name: p.metric.state_dict() for p in self._plans if isinstance(p.metric, metrics.TorchMetric)}
+        own = {p.name: p.metric.state_dict() for p in self._plans if isinstance(p.metric, metrics.Stateful)}
         return {"sums": self._sums, "own": own}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from what `state_dict` told."""
         self._sums = {name: sums.to(device, copy=True) for name, sums in state["sums"].items()}
         for p in self._plans:
-            if isinstance(p.metric, metrics.TorchMetric):
+            if isinstance(p.metric, metrics.Stateful):
                 p.metric.load_state_dict(state["own"][p.name], device)
 
     def read(self, group: Group = ALONE) -> dict[str, metrics.Result]:
