@@ -26,7 +26,8 @@ def not_finite(values: Tensor) -> Tensor:
 
 def count_not_finite(elements: Tensor, total: Tensor) -> Tensor:
     """Number of elements that are NaN or infinite; at least 1 where finite elements overflow in their sum."""
-    return torch.maximum(not_finite(elements).sum(), not_finite(total))
+    # NaN is no zero, and every other number minus itself is one.
+    return torch.maximum(torch.count_nonzero(elements - elements), not_finite(total))
 
 
 def any_of(bad: Tensor) -> bool:

@@ -16,6 +16,9 @@ from lossledger.losses.aligned import Aligned
 from lossledger.tally import Groups
 from lossledger.weighting import Weighting
 
+# From here on float32 does not hold every whole number.
+_EXACT = 2**24
+
 
 class AndSamples(str):
     """A kind of groups, and beside it the groups by sample of the same elements: a step computes them once.
@@ -42,7 +45,11 @@ def _columns(values: Tensor | None, weighting: Weighting, device: torch.device) 
         return torch.full((columns,), prod(weighting.shape[:-1]), dtype=torch.int64, device=device)
     if values.shape != weighting.shape:
         values = values.expand(weighting.shape)
-    return values.reshape(-1, columns).sum(0)
+    rows = values.reshape(-1, columns)
+    if values.dtype == torch.bool and rows.shape[0] < _EXACT:
+        # Sums of bools along the first axis are slow; float32 holds counts below 2²⁴ exactly.
+        return rows.float().sum(0).long()
+    return rows.sum(0)
 
 
 def _each_once(
@@ -66,6 +73,9 @@ def by_column(kind: str, weighted: Tensor, total: Tensor, weighting: Weighting, 
     columns, device = weighting.shape[-1], weighted.device
 
     def rows(values: Tensor | None) -> Tensor:
+        if values is not None and values.numel() == columns == values.shape[-1] and weighting.shape != values.shape:
+            # One weight a column: no pass over the elements.
+            return rows(None) * (values.reshape(-1) if presence is None else values.reshape(-1).repeat(2))
         whole = _columns(values, weighting, device)
         if presence is None:
             return whole
