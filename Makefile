@@ -48,6 +48,8 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev exactness
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/window.py
+	$(BIN)/python benchmarks/samples.py
+	$(BIN)/python benchmarks/rows.py
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/vocabulary.py
 

@@ -253,7 +253,7 @@ def interrupted(folder, moment, **options):
 def test_a_run_resumed_at_any_moment_is_the_run_that_was_not_interrupted(tmp_path, case):
     whole = started(tmp_path / "whole", case)
     # Before and after a step, the end of an epoch before and after the other callbacks, the beginning of one.
-    moments = range(1, MOMENTS + 1) if case == "validation" else (8, 12, 13, 31)
+    moments = range(1, MOMENTS + 1) if case == "validation" else (8, 13, 31)
     resumed = {moment: interrupted(tmp_path / f"{moment}", moment, case=case) for moment in moments}
     found = {moment: differing(whole, other) for moment, other in resumed.items() if other is not None}
     assert len(found) >= 2 and not any(found.values())
