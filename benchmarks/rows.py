@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from interleaved import compared, interleaved
 
 import lossledger as ll
 from lossledger.demo.scenes import make_scenes
@@ -54,21 +53,13 @@ def contenders(scenes: int) -> dict[str, Callable[[], None]]:
 def measure(repeats: int, scenes: int) -> list[str]:
     """The lines of the table."""
     runs = contenders(scenes)
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - began) / -(-scenes // BATCH))
-    reference = times["ledger by class"]
+    times = interleaved(runs, repeats, -(-scenes // BATCH))
     lines = ["| contender | ms a step (median) | ratio (median) | lowest to highest |", "|---|---|---|---|"]
-    for name, values in times.items():
-        ratios = [a / b for a, b in zip(values, reference, strict=True)]
+    for name in times:
+        row = compared(times, name, "ledger by class")
         lines.append(
-            f"| {name} | {statistics.median(values) * 1e3:.3f} | {statistics.median(ratios):.3f} "
-            f"| {min(ratios):.3f} to {max(ratios):.3f} |"
+            f"| {name} | {row['median_ms']:.3f} | {row['ratio']:.3f} "
+            f"| {row['ratio_low']:.3f} to {row['ratio_high']:.3f} |"
         )
     return lines
 

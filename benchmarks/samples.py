@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from interleaved import compared, interleaved
 
 import lossledger as ll
 from lossledger.demo.scenes import make_scenes
@@ -49,7 +48,7 @@ def contender(x: torch.Tensor, y: torch.Tensor, by: str | None, samples: bool) -
 
 
 def measure(repeats: int, batches: int) -> dict[str, list[float]]:
-    """Milliseconds of a step, by contender and repeat."""
+    """Seconds of a step, by contender and repeat."""
     scenes = make_scenes(BATCH * batches, 64)
     x, y = torch.from_numpy(scenes.images), torch.from_numpy(scenes.masks)
     contenders = {
@@ -57,15 +56,7 @@ def measure(repeats: int, batches: int) -> dict[str, list[float]]:
         CLASS: contender(x, y, "class", False),
         SAMPLES: contender(x, y, "class", True),
     }
-    for run in contenders.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, run in contenders.items():
-            began = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - began) / batches * 1e3)
-    return times
+    return interleaved(contenders, repeats, batches)
 
 
 def main() -> None:
@@ -77,18 +68,7 @@ def main() -> None:
     times = measure(given.repeats, given.batches)
     rows = []
     for name, against, goal in ((OFF, OFF, None), (CLASS, OFF, 1.03), (SAMPLES, CLASS, 1.05), (SAMPLES, OFF, None)):
-        ratios = [a / b for a, b in zip(times[name], times[against], strict=True)]
-        rows.append(
-            {
-                "contender": name,
-                "against": against,
-                "median_ms": statistics.median(times[name]),
-                "ratio": statistics.median(ratios),
-                "ratio_low": min(ratios),
-                "ratio_high": max(ratios),
-                "goal": goal,
-            }
-        )
+        rows.append({"contender": name, "against": against, **compared(times, name, against), "goal": goal})
     about = {
         "torch": str(torch.__version__),
         "lossledger": ll.__version__,

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from interleaved import compared, interleaved
 
 import lossledger as ll
 from lossledger.demo.scenes import make_scenes
@@ -81,27 +80,11 @@ def measure(repeats: int) -> list[dict[str, object]]:
     rows = []
     for name, (steps, make) in workloads().items():
         contenders = make()
-        for run in contenders.values():
-            run()
-        times: dict[str, list[float]] = {contender: [] for contender in contenders}
-        for _ in range(repeats):
-            for contender, run in contenders.items():
-                began = time.perf_counter()
-                run()
-                times[contender].append((time.perf_counter() - began) / steps)
-        reference = times["raw torch"]
-        for contender, values in times.items():
-            ratios = [a / b for a, b in zip(values, reference, strict=True)]
-            rows.append(
-                {
-                    "workload": name,
-                    "contender": contender,
-                    "median_ms": statistics.median(values) * 1e3,
-                    "ratio": statistics.median(ratios),
-                    "ratio_low": min(ratios),
-                    "ratio_high": max(ratios),
-                }
-            )
+        times = interleaved(contenders, repeats, steps)
+        rows += [
+            {"workload": name, "contender": contender, **compared(times, contender, "raw torch")}
+            for contender in contenders
+        ]
     return rows
 
 

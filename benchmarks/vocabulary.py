@@ -14,14 +14,13 @@ import argparse
 import gc
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from held import Held
+from interleaved import compared, interleaved
 from torch import Tensor, nn
 
 import lossledger as ll
@@ -97,6 +96,17 @@ def exact(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, Tens
     return value / len(kept), pull, total
 
 
+def waited(step: Step, device: str) -> Callable[[], None]:
+    """A step that ends when the device has ended it."""
+
+    def run() -> None:
+        step()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return run
+
+
 def error(found: Tensor, right: Tensor) -> float:
     return float((found.double() - right).norm() / right.norm())
 
@@ -122,7 +132,6 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
         right = exact(*inputs)
         hidden, head, _ = inputs
         result_bytes = (hidden.numel() + head.weight.numel()) * dtype.itemsize
-        times: dict[str, list[float]] = {name: [] for name in steps}
         about = {}
         for name, step in steps.items():
             head.zero_grad(set_to_none=True)
@@ -136,28 +145,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
                 "error_weight": error(found[2], right[2]),
             }
             del found
-        for _ in range(arguments.repeats):
-            for name, step in steps.items():
-                began = time.perf_counter()
-                step()
-                if arguments.device != "cpu":
-                    torch.cuda.synchronize()
-                times[name].append(time.perf_counter() - began)
-        for name, values in times.items():
-            ratios = [a / b for a, b in zip(values, times["plain torch"], strict=True)]
-            rows.append(
-                {
-                    "vocabulary": vocabulary,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "ignored": ignored,
-                    "contender": name,
-                    "median_ms": statistics.median(values) * 1e3,
-                    "ratio": statistics.median(ratios),
-                    "ratio_low": min(ratios),
-                    "ratio_high": max(ratios),
-                    **about[name],
-                }
-            )
+        times = interleaved({name: waited(step, arguments.device) for name, step in steps.items()}, arguments.repeats)
+        kind = {"vocabulary": vocabulary, "dtype": str(dtype).removeprefix("torch."), "ignored": ignored}
+        rows += [{**kind, "contender": name, **compared(times, name, "plain torch"), **about[name]} for name in steps]
     return rows
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from interleaved import compared, interleaved
 
 import lossledger as ll
 from lossledger.demo.scenes import make_scenes
@@ -112,28 +111,8 @@ def measure(repeats: int, steps: int, size: int) -> tuple[list[dict[str, object]
     x, y = torch.from_numpy(scenes.images), torch.from_numpy(scenes.masks).float()
     distance = compare(x, y, size)
     runs = contenders(x, y, size)
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - began) / steps)
-    reference = times["plain torch"]
-    rows: list[dict[str, object]] = []
-    for name, values in times.items():
-        ratios = [a / b for a, b in zip(values, reference, strict=True)]
-        rows.append(
-            {
-                "contender": name,
-                "median_ms": statistics.median(values) * 1e3,
-                "ratio": statistics.median(ratios),
-                "ratio_low": min(ratios),
-                "ratio_high": max(ratios),
-            }
-        )
-    return rows, distance
+    times = interleaved(runs, repeats, steps)
+    return [{"contender": name, **compared(times, name, "plain torch")} for name in runs], distance
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ LOSSES = {
 }
 
 
-def data(labels=False, lovasz=False):
+def data(labels=False):
     g = torch.Generator().manual_seed(3)
     x = torch.randn(N, 4, generator=g, dtype=torch.float64)
     y = (torch.rand(N, COLUMNS, generator=g) < 0.5).double()

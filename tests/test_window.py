@@ -16,38 +16,13 @@ import inputs
 import lossledger as ll
 from declarations import AXES, OVERLAPS, REDUCTIONS, ROWS
 from lossledger.forward import run_forward
+from window_laws import Table, gradients, norm
 
 L = ll.losses
 LOGITS = {"from_logits": True}
 # CTC has one value a sample, and two steps spell too little for it: it has a test of its own.
 BY_ENTRY = [row for row in ROWS if row.name != "ctc"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
-
-
-class Table(nn.Module):
-    """Outputs looked up by sample, times a parameter that all samples share; and auxiliary losses."""
-
-    def __init__(self, outputs, aux=False):
-        super().__init__()
-        self.rows = nn.ParameterDict({name: nn.Parameter(values.clone()) for name, values in outputs.items()})
-        self.shared = nn.Parameter(torch.ones((), dtype=next(iter(outputs.values())).dtype))
-        self.aux = aux
-
-    def forward(self, x):
-        found = {name: rows[x] * self.shared for name, rows in self.rows.items()}
-        if self.aux:
-            first = next(iter(found.values()))
-            ll.add_loss("size", first.square().flatten(1).mean(1))
-            return ll.Outputs(found, {"scale": self.shared.square()})
-        return found
-
-
-def gradients(net):
-    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in net.parameters()]
-
-
-def norm(tensors):
-    return float(torch.stack([t.double().norm() for t in tensors]).norm())
 
 
 def parts_of(x, y, weight, mask, sizes):

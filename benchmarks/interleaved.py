@@ -1,0 +1,31 @@
+"""Contenders timed in turn, several times: what the machine does meanwhile meets all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int, parts: int = 1) -> dict[str, list[float]]:
+    """Seconds of each contender and repeat, divided by the `parts` of a run; a run of each goes before, unmeasured."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - began) / parts)
+    return times
+
+
+def compared(times: Mapping[str, list[float]], name: str, against: str) -> dict[str, float]:
+    """Median in milliseconds, and the ratio to another contender, repeat by repeat."""
+    ratios = [a / b for a, b in zip(times[name], times[against], strict=True)]
+    return {
+        "median_ms": statistics.median(times[name]) * 1e3,
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+    }
