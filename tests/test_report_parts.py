@@ -204,3 +204,20 @@ def test_groups_named_like_no_place_are_left_out() -> None:
     key = ("validation", 3, None, "binary_crossentropy", "data", "linear", "position")
     ledger.append([Row(*key, name, "", 1.0, 1, 1.0, 1.0, 1.0, 0.5, 0) for name in (HOSTILE, "1,2,3", "²", "4")])
     assert list(place_maps(ledger.rows)) == []
+
+
+def test_places_of_many_entries_add_up_to_the_term():
+    """Float32 sums of 400,000 entries of a place, one after another, would be off by more than is accepted."""
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(1, 1, 1)
+    model = ll.Model(net)
+    model.compile("sgd", "mse")
+    x = torch.rand(400, 1, 32, 32)
+    targets = torch.zeros(400, 1, 32, 32)
+    history = model.fit(x, targets, batch_size=64, epochs=1, validation_data=(x, targets), verbose=0, checks="off")
+    outputs = torch.as_tensor(model.predict(x, batch_size=64)).movedim(1, -1)
+    rows = add_places(
+        history.ledger, ll.losses.MeanSquaredError(), targets.movedim(1, -1), outputs, term="mean_squared_error", most=1
+    )
+    (whole,) = [r for r in history.ledger.rows if (r.kind, r.split) == ("term", "validation")]
+    assert len(rows) == 1 and rows[0].contribution == pytest.approx(whole.contribution, rel=1e-6)

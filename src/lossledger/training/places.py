@@ -66,7 +66,8 @@ def add_places(
     >>> [(row.group, row.contribution) for row in rows]
     [('0', 0.25), ('1', 0.0), ('2', 0.0), ('3', 0.25)]
     """
-    predicted = torch.as_tensor(y_pred).detach()
+    # A place sums entries of the whole split one after another, which float32 would not hold.
+    predicted = torch.as_tensor(y_pred).detach().double()
     ids, names = _blocks(tuple(predicted.shape), most)
     with torch.no_grad():
         tally = loss.tally(torch.as_tensor(y_true), predicted, sample_weight, mask, by=ids)
