@@ -23,7 +23,6 @@ from lossledger.objective import Objective
 from lossledger.tally import Groups, Tally
 from lossledger.training import posting
 from lossledger.training.named import Names
-from lossledger.training.step import Observe
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,17 +60,6 @@ class Grouping:
         self._step: list[tuple[Mapping[str, Tensor], dict[str, Tensor]]] = []
         self._sums: dict[tuple[str, str], Tensor] = {}
         self._cells: dict[str, bool] = {}
-
-    def observing(self, other: Observe | None) -> Observe:
-        """Takes each batch of a step, beside another that looks at it."""
-        if other is None:
-            return self.collect
-
-        def both(batch: Batch, outputs: Any) -> None:
-            other(batch, outputs)
-            self.collect(batch, outputs)
-
-        return both
 
     def collect(self, batch: Batch, outputs: Any) -> None:
         """Take a batch of the current step; it counts when the step is added.

@@ -33,7 +33,7 @@ from lossledger.training.running import Running
 from lossledger.training.sampling import Sampling
 from lossledger.training.sharing import Turn, in_order, never, own_batches, turns
 from lossledger.training.spreading import Found, Spreading
-from lossledger.training.step import Observe, StepPlan, StepResult, train_step
+from lossledger.training.step import Observe, StepPlan, StepResult, in_turn, train_step
 from lossledger.training.trace import nonfinite_error
 from lossledger.training.watching import watched, watchers
 from lossledger.window import check_replay, merged, padded
@@ -121,12 +121,8 @@ class Pass:
     @property
     def observe(self) -> Observe | None:
         """Takes each batch of a step for metrics, samples and groups, before the step is added; `None` without any."""
-        found: Observe | None = self.measures.collect if self._measured else None
-        if self.samples is not None:
-            found = self.samples.observing(found)
-        if self.spread is not None:
-            found = self.spread.observing(found)
-        return found if self.grouping is None else self.grouping.observing(found)
+        takers = (self.measures if self._measured else None, self.samples, self.spread, self.grouping)
+        return in_turn([taker.collect for taker in takers if taker is not None])
 
     def add(self, tallies: dict[str, Tally], done: StepResult | None = None, skip: bool = False) -> None:
         """Add a step; nothing is read.

@@ -27,7 +27,6 @@ from lossledger.losses.ratio import EPSILON, Overlap
 from lossledger.objective import Objective
 from lossledger.tally import Groups, Tally
 from lossledger.training.data import Data, IterableData
-from lossledger.training.step import Observe
 from lossledger.weighting import as_tensor
 
 _SUMS = ("numerator", "total", "count", "weight")
@@ -105,17 +104,6 @@ class Sampling:
         self._ids: list[NDArray[np.int64]] = []
         self._fields: dict[str, dict[str, list[NDArray[Any]]]] = {}
         self._cells: dict[str, int] = {}
-
-    def observing(self, other: Observe | None) -> Observe:
-        """Takes each batch of a step, beside another that looks at it."""
-        if other is None:
-            return self.collect
-
-        def both(batch: Batch, outputs: Any) -> None:
-            other(batch, outputs)
-            self.collect(batch, outputs)
-
-        return both
 
     def collect(self, batch: Batch, outputs: Any) -> None:
         """Take a batch of the current step; it counts when the step is added.

@@ -15,7 +15,6 @@ from lossledger.losses import spread
 from lossledger.objective import Objective
 from lossledger.tally import GroupKey, Spread
 from lossledger.training.named import Names
-from lossledger.training.step import Observe
 
 # Of term, kind (classes of all sorts are one), group and presence.
 Found = dict[tuple[str, str, str, str], Spread]
@@ -54,17 +53,6 @@ class Spreading:
         self._step: list[tuple[tuple[str, str], Tensor]] = []
         self._whole, self._open = _Sums(), _Sums()
         self._closed: list[tuple[int, Found]] = []
-
-    def observing(self, other: Observe | None) -> Observe:
-        """Takes each batch of a step, beside another that looks at it."""
-        if other is None:
-            return self.collect
-
-        def both(batch: Batch, outputs: Any) -> None:
-            other(batch, outputs)
-            self.collect(batch, outputs)
-
-        return both
 
     def collect(self, batch: Batch, outputs: Any) -> None:
         """Take a batch of the current step; it counts when the step is added."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,18 @@ class StepPlan:
 
 Observe = Callable[[Batch, Any], None]
 """Looks at a batch and at what the model returned for it."""
+
+
+def in_turn(observers: Sequence[Observe]) -> Observe | None:
+    """Shows each batch to all of them, one after another; `None` without any."""
+    if len(observers) < 2:
+        return observers[0] if observers else None
+
+    def all_of_them(batch: Batch, outputs: Any) -> None:
+        for observe in observers:
+            observe(batch, outputs)
+
+    return all_of_them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
