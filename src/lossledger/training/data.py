@@ -62,7 +62,17 @@ class ArrayData:
     def between(self, start: int, stop: int, order: Tensor | None) -> Batch:
         """The batch of the samples from `start` to `stop` of the given order."""
         ids = torch.arange(start, stop) if order is None else order[start:stop]
-        take = _slicer(start, stop) if order is None else _picker(ids)
+        return self._taken(_slicer(start, stop) if order is None else _picker(ids), ids)
+
+    def kept(self, batch: Batch) -> Any:
+        """The little that `again` makes one of these batches from: kept instead of it, it holds none of its arrays."""
+        return batch.ids
+
+    def again(self, kept: Any) -> Batch:
+        """The batch of which `kept` told, on the processor."""
+        return self._taken(_picker(kept), kept)
+
+    def _taken(self, take: Callable[[Tensor], Tensor], ids: Tensor) -> Batch:
         return Batch(
             map_structure(take, self.x),
             map_structure(take, self.y),
@@ -258,6 +268,14 @@ class IterableData:
     def batches(self, batch_size: int, order: Tensor | None) -> Iterator[Batch]:
         """The batches of an epoch."""
         return self.read(self.opened(), 0)
+
+    def kept(self, batch: Batch) -> Any:
+        """The batch itself: nothing else can make it `again`."""
+        return batch
+
+    def again(self, kept: Any) -> Batch:
+        """The batch of which `kept` told."""
+        return kept  # type: ignore[no-any-return]
 
     @property
     def has_state(self) -> bool:
