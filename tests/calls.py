@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lossledger as ll
-from lossledger.training import checking, loop
+from lossledger.training import checking, sums
 
 
 def python_calls(steps: int) -> int:
@@ -31,7 +31,7 @@ def python_calls(steps: int) -> int:
 
 
 if __name__ == "__main__":
-    loop.LOG_SECONDS = 1e9
+    sums.LOG_SECONDS = 1e9
     # What the checks of the first batch call depends on its values; they run once, not in each step.
     checking.Checking._batch = lambda self, *arguments: None
     python_calls(5)

@@ -706,7 +706,7 @@ def spoiled(index=7):
 
 
 def test_the_first_bad_step_is_named_however_many_come_before_the_next_log_point(monkeypatch):
-    monkeypatch.setattr("lossledger.training.loop.LOG_SECONDS", 1e9)
+    monkeypatch.setattr("lossledger.training.sums.LOG_SECONDS", 1e9)
     monkeypatch.setattr("lossledger.training.loop.RECENT", 4)
     with pytest.raises(NonFiniteError, match=r"step 2: .*data set indices 1"):
         fit(model(), spoiled(1), batch_size=1, shuffle=False)

@@ -169,6 +169,8 @@ def calling(net: nn.Module) -> Call:
     any_position = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
 
     def call(x: Any) -> Any:
+        if type(x) is Tensor:
+            return net(x)
         if isinstance(x, Mapping) and (any_keyword or names >= set(x)):
             return net(**x)
         if isinstance(x, list | tuple) and (any_position or len(positional) >= len(x) > 0):

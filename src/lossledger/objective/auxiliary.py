@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,15 +66,18 @@ def add_loss(name: str, value: Tensor) -> None:
     found[name] = value
 
 
-@contextlib.contextmanager
-def collecting() -> Iterator[dict[str, Tensor]]:
+class collecting:
     """Collects what `add_loss` is given while a model runs."""
-    found: dict[str, Tensor] = {}
-    token = _collector.set(found)
-    try:
-        yield found
-    finally:
-        _collector.reset(token)
+
+    __slots__ = ("_token",)
+
+    def __enter__(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        self._token = _collector.set(found)
+        return found
+
+    def __exit__(self, *error: object) -> None:
+        _collector.reset(self._token)
 
 
 def auxiliary_tally(name: str, value: Tensor, samples: int) -> Tally:

@@ -31,7 +31,7 @@ from lossledger.training.provenance import differences
 from lossledger.training.sharing import Turn, own_batches
 
 if TYPE_CHECKING:
-    from lossledger.training.loop import Pass
+    from lossledger.training.sums import Pass
 
 # Share of the time that checkpoints may take, where nobody says how often to write them.
 SHARE = 0.01

@@ -17,12 +17,14 @@ from lossledger.ledger.samples import stacked
 from lossledger.objective import Objective
 from lossledger.training import boundary, grouping, loop, measure, posting, spreading
 from lossledger.training.backup import Progress
-from lossledger.training.data import Data, order_of
+from lossledger.training.data import ArrayData, Data, order_of
 from lossledger.training.measure import MetricPlan
 from lossledger.training.progress import Show
 from lossledger.training.sampling import Numbering, Sampling, numbering
 from lossledger.training.sharing import alone, never, own_batches, turns
 from lossledger.training.step import StepPlan
+from lossledger.training.sums import Pass, PassResult
+from lossledger.training.waiting import Waiting
 from lossledger.training.watching import EpochEnd, watchers
 
 
@@ -103,7 +105,7 @@ class Fitting:
                 break
         return progress.history, progress.done
 
-    def _tell_watchers(self, epoch: int, result: loop.PassResult, held: loop.PassResult) -> None:
+    def _tell_watchers(self, epoch: int, result: PassResult, held: PassResult) -> None:
         assert self.validation is not None
         end = EpochEnd(
             epoch,
@@ -138,7 +140,7 @@ class Fitting:
     def _title(self, epoch: int) -> str:
         return f"epoch {epoch + 1}/{self.epochs.stop}"
 
-    def _train(self, epoch: int, show: Show) -> loop.PassResult:
+    def _train(self, epoch: int, show: Show) -> PassResult:
         backup, options = self.options.backup, self.options
         if backup is None or not backup.interrupted:
             for callback in options.callbacks:
@@ -146,7 +148,7 @@ class Fitting:
         steps = self.data.steps(options.batch_size) if options.steps is None else options.steps
         show.begin(self._title(epoch), boundary.updates_of(steps, options.accumulate))
         samples = Sampling(self.plan.objective, numbering(self.data, self.group)) if self.samples else None
-        current = loop.Pass(
+        current = Pass(
             self.plan.objective,
             self.metrics,
             self.device,
@@ -156,6 +158,7 @@ class Fitting:
             samples,
             self.data.names,
             self.spread,
+            Waiting.of(self.plan.objective, options.by, not isinstance(self.data, ArrayData)),
         )
         if samples is not None:
             options = replace(options, by=samples.by)
@@ -171,7 +174,7 @@ class Fitting:
         else:
             save = never if backup is None else backup.is_time
             windows = turns(self.data, batches, options.accumulate, self.group, current.is_due, save)
-        result = loop.train_epoch(self.plan, windows, options, current, self.progress.step)
+        result = loop.train_epoch(self.plan, windows, self.data, options, current, self.progress.step)
         same_buffers(self.group, self.plan.net)
         for step, tallies in result.intervals:
             number = self.progress.step - 1 + step
@@ -180,7 +183,7 @@ class Fitting:
         post(self.ledger, self.plan.objective, result, "training", epoch + 1, self._pooled)
         return result
 
-    def _validate(self, data: Data, epoch: int, show: Show) -> loop.PassResult:
+    def _validate(self, data: Data, epoch: int, show: Show) -> PassResult:
         with boundary.about_validation():
             size = self.options.batch_size
             samples = numbering(data, self.group, self.first_held) if self.samples else None
@@ -207,18 +210,21 @@ def evaluated(
     group: Group,
     samples: Numbering | None = None,
     spread: bool = False,
-) -> loop.PassResult:
+) -> PassResult:
     """One pass over data while the weights stand still."""
     show.begin("evaluate", data.steps(batch_size) if steps is None else steps)
     kept = None if samples is None else Sampling(plan.objective, samples)
-    current = loop.Pass(plan.objective, metrics, device, show, group, samples=kept, names=data.names, spread=spread)
+    waiting = Waiting.of(plan.objective, "class", not isinstance(data, ArrayData))
+    current = Pass(
+        plan.objective, metrics, device, show, group, samples=kept, names=data.names, spread=spread, waiting=waiting
+    )
     return loop.evaluate_pass(plan, data, batch_size, steps, current, boundary.checked_at_once(data, device))
 
 
 def post(
     ledger: Ledger,
     objective: Objective,
-    result: loop.PassResult,
+    result: PassResult,
     split: str,
     epoch: int,
     pooled: Group | None = None,

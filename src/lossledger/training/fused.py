@@ -116,7 +116,8 @@ def _is_plain(group: dict[str, Any]) -> bool:
 def _adam(prepared: _Prepared, grads: list[Tensor], flag: Tensor) -> None:
     group = prepared.group
     averages, squares, steps = prepared.states
-    torch._foreach_add_(steps, 1)
+    # A step that is left out does not count.
+    torch._foreach_add_(steps, [flag.logical_not()] * len(steps))
     kernel: Any = torch._fused_adamw_ if prepared.decoupled else torch._fused_adam_
     kernel(
         prepared.parameters,
@@ -135,7 +136,6 @@ def _adam(prepared: _Prepared, grads: list[Tensor], flag: Tensor) -> None:
         grad_scale=None,
         found_inf=flag,
     )
-    torch._foreach_sub_(steps, [flag] * len(steps))
 
 
 def _sgd(prepared: _Prepared, grads: list[Tensor], flag: Tensor) -> None:

@@ -8,6 +8,7 @@ a copy of weights and state for each step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,28 @@ class Gate:
         whole = all(local(p) is p for p in parameters)
         fused = whole and all(group.get("fused") for group in optimizer.param_groups)
         self._fused = FusedStep(optimizer) if fused else None
+        # Fused kernels know no sparse gradients.
+        self._whole = fused
+        self._found, self._one = torch.zeros(()), torch.ones(())
+
+    def bad(self, parameters: tuple[nn.Parameter, ...], sums: Sequence[Tensor] = ()) -> Tensor:
+        """Whether any gradient, or any of some sums, is not finite, on the device."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        numbers: list[Any] = gradients if self._whole else [_plain(gradient) for gradient in gradients]
+        numbers += sums
+        if not numbers:
+            return torch.zeros((), dtype=torch.bool)
+        device = numbers[0].device
+        if self._found.device != device:
+            self._found, self._one = torch.zeros((), device=device), torch.ones((), device=device)
+        self._found.zero_()
+        try:
+            # One call, that of gradient scaling: by 1 it leaves every number as it is.
+            torch._amp_foreach_non_finite_check_and_unscale_(numbers, self._found, self._one)
+        except RuntimeError:
+            # It takes no complex or expanded gradients, nor several devices.
+            return not_finite(torch.stack([norm.to(device) for norm in torch._foreach_norm(numbers)]).sum())
+        return self._found > 0
 
     def before_forward(self) -> None:
         """Keep the buffers as they are."""
@@ -80,6 +103,12 @@ class Gate:
         return found
 
 
+def _plain(gradient: Tensor) -> Tensor:
+    """The numbers that this process holds of a gradient."""
+    gradient = local(gradient)
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
 def prefer_fused(net: nn.Module, optimizer: Optimizer) -> None:
     """Run a plain optimizer of torch by its fused kernel: the same update, faster, and it can be gated."""
     sparse = any(getattr(module, "sparse", False) for module in net.modules())
@@ -103,13 +132,3 @@ def bad_elements(tallies: dict[str, Tally]) -> Tensor:
     for other in found[1:]:
         total = total + other
     return total
-
-
-def bad_gradient(parameters: tuple[nn.Parameter, ...]) -> Tensor:
-    """Whether any gradient is not finite, on the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    # A plain model pays no call for each gradient.
-    if set(map(type, gradients)) != {Tensor}:
-        gradients = [local(g) for g in gradients]
-    norms = torch._foreach_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
-    return not_finite(torch.stack(norms).sum())

@@ -16,7 +16,7 @@ from lossledger.integrations import compiled_arguments, forward_of
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
 from lossledger.objective import plan as planning
-from lossledger.training import backup, boundary, loop, prediction, sharing
+from lossledger.training import backup, boundary, loop, prediction, sharing, sums
 from lossledger.training.average import Average
 from lossledger.training.callbacks import as_callbacks
 from lossledger.training.checking import checking
@@ -462,5 +462,5 @@ class Model(Placed):
 
     # --- inside ------------------------------------------------------------------------------------------------
 
-    def _single(self, objective: Objective) -> loop.Pass:
-        return loop.Pass(objective, self._compiled().metrics, self._device(), Show(0), self._group())
+    def _single(self, objective: Objective) -> sums.Pass:
+        return sums.Pass(objective, self._compiled().metrics, self._device(), Show(0), self._group())

@@ -123,6 +123,8 @@ def _all_in_one(passes: Sequence[Mapping[str, Any]], group: Group) -> dict[str, 
         "intervals": None if intervals is None else added_up([one["intervals"] for one in passes]),
         "measures": {"sums": sums, "own": first["measures"]["own"]},
         "groups": None,
+        # Only one process lets tallies wait.
+        "waiting": first.get("waiting"),
     }
 
 

@@ -14,10 +14,11 @@ from lossledger.batch import Batch
 from lossledger.distributed import LONE_SHARE, Share, clip_norm_, is_sharded
 from lossledger.errors import InputError
 from lossledger.forward import Call, run_forward
-from lossledger.objective import Objective, Penalty
+from lossledger.objective import Backprop, Objective, Penalty
 from lossledger.tally import Tally
 from lossledger.training.fused import clear_gradients
-from lossledger.training.gate import Gate, bad_elements, bad_gradient
+from lossledger.training.gate import Gate, bad_elements
+from lossledger.training.waiting import Kept, Waiting
 from lossledger.values import not_finite
 from lossledger.window import NO_GRADIENT, Window, propagate, running
 
@@ -73,11 +74,13 @@ class StepResult:
         tallies: by term, detached.
         bad: whether the step was left out because loss or gradient were not finite; `None` when steps are not gated.
         differs: whether the second round of a window was not the first again; `None` where there was one round.
+        kept: what the tallies of the terms will be made from, where they wait; then only penalties have theirs.
     """
 
     tallies: dict[str, Tally]
     bad: Tensor | None
     differs: Tensor | None = None
+    kept: Kept | None = None
 
 
 def train_step(
@@ -88,6 +91,7 @@ def train_step(
     observe: Observe | None = None,
     share: Share = LONE_SHARE,
     spare: Batch | None = None,
+    waiting: Waiting | None = None,
 ) -> StepResult:
     """Update the parameters with one window of batches.
 
@@ -99,27 +103,39 @@ def train_step(
         observe: sees each batch with its outputs, once.
         share: the part of this rank in the window.
         spare: a batch for forwards that count for nothing.
+        waiting: lets the tallies of a small batch wait.
 
     Raises:
         InputError: nothing of the loss depends on a trainable parameter, or a loss that parts do not add up to.
     """
     if plan.gate is not None:
         plan.gate.before_forward()
+    kept = None
+    sums: Sequence[Tensor] = ()
     if len(batches) > 1 or share.group.size > 1:
         window = Window(plan.objective, batches, plan.net, plan.penalties, by, checked, share, spare)
         tallies, differs = _accumulate(plan, window, observe)
     else:
         batch, differs = batches[0], None
         outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.parameters[0].device.type)
-        found = plan.objective.backprop(batch.y, outputs, batch.sample_weight, batch.mask, by, checked)
+        kept = None if waiting is None or not checked else waiting.kept(batch, outputs)
+        pulled = None
+        if waiting is not None and kept is not None:
+            pulled = waiting.closed.pull(kept.y_true, kept.output, kept.sample_weight, kept.mask)
+        if pulled is None:
+            kept = None
+            found = plan.objective.backprop(batch.y, outputs, batch.sample_weight, batch.mask, by, checked)
+        else:
+            found = Backprop({}, [outputs] if outputs.requires_grad else [], [pulled.gradient])
+            sums = pulled.sums
         tallies = found.tallies
         if not propagate(found, plan.penalties):
             raise InputError(NO_GRADIENT)
         if observe is not None:
             observe(batch, outputs)
-    bad = _update(plan, tallies, differs, share)
+    bad = _update(plan, tallies, sums, differs, share)
     clear_gradients(plan.optimizer)
-    return StepResult(tallies, bad, differs)
+    return StepResult(tallies, bad, differs, kept)
 
 
 def _accumulate(plan: StepPlan, window: Window, observe: Observe | None) -> tuple[dict[str, Tally], Tensor | None]:
@@ -134,8 +150,10 @@ def _accumulate(plan: StepPlan, window: Window, observe: Observe | None) -> tupl
     return window.tallies, window.differs
 
 
-def _update(plan: StepPlan, tallies: dict[str, Tally], differs: Tensor | None, share: Share) -> Tensor | None:
-    """Clip, gate, step."""
+def _update(
+    plan: StepPlan, tallies: dict[str, Tally], sums: Sequence[Tensor], differs: Tensor | None, share: Share
+) -> Tensor | None:
+    """Clip, gate, step; `sums` are those of the elements of terms without a tally."""
     norm = None
     if plan.clip_norm is not None:
         sharded = is_sharded(plan.net)
@@ -143,7 +161,7 @@ def _update(plan: StepPlan, tallies: dict[str, Tally], differs: Tensor | None, s
     if plan.gate is None:
         plan.optimizer.step()
         return None
-    wrong = bad_gradient(plan.parameters) if norm is None else not_finite(norm)
+    wrong = plan.gate.bad(plan.parameters, sums) if norm is None else not_finite(sum(sums, norm))
     bad = (bad_elements(tallies) > 0) | wrong if tallies else wrong
     stopped = bad if differs is None else bad | differs
     if share.group.size > 1:

@@ -1,0 +1,91 @@
+"""Gradients of a batch now, its tallies later: tallies add, so those of many small batches can be made at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lossledger.losses.aligned import Aligned
+from lossledger.losses.closed import Plain, closed_gradient, has_closed_form, plain
+from lossledger.losses.prediction import Prediction
+from lossledger.objective.objective import Objective
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pull:
+    """What to back-propagate into the one output of a batch.
+
+    Args:
+        gradient: of the loss with respect to the output.
+        sums: Σ elements of each term, not finite where an element is not, or where they overflow.
+    """
+
+    gradient: Tensor
+    sums: list[Tensor]
+
+
+class Closed:
+    """The gradients of an objective without tallies.
+
+    Args:
+        objective: one that `can_wait`.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        # What is the same for all batches of a shape: most have that of the batch before.
+        self._shape: Any = None
+        self._plain: list[Plain] | None = None
+
+    def pull(self, y_true: Tensor, output: Tensor, sample_weight: Any, mask: Any) -> Pull | None:
+        """The gradient of a batch that is a window of its own; `None` where it needs a tally after all.
+
+        Args:
+            y_true: targets, checked.
+            output: what the model returned, without its graph.
+            sample_weight: as in a call.
+            mask: as in a call.
+        """
+        found = []
+        if sample_weight is None and mask is None:
+            shape = (y_true.shape, y_true.dtype, output.shape, output.dtype)
+            if shape == self._shape and self._plain is not None:
+                prediction = Prediction(output)
+                for known in self._plain:
+                    found.append(known.gradient(y_true, prediction))
+                return self._joined(found, output)
+            self._shape = shape
+        terms = self._objective.terms
+        batches, _, _ = self._objective.align(y_true, output, sample_weight, mask, checked=True)
+        if sample_weight is None and mask is None:
+            self._plain = self._common(batches, y_true, output)
+        for term, batch in zip(terms, batches, strict=True):
+            found.append(closed_gradient(term.loss, batch, term.coefficient))
+        return self._joined(found, output)
+
+    def _common(self, batches: list[Aligned], y_true: Tensor, output: Tensor) -> list[Plain] | None:
+        found = []
+        for term, batch in zip(self._objective.terms, batches, strict=True):
+            one = plain(term.loss, batch, y_true, output, term.coefficient)
+            if one is None:
+                return None
+            found.append(one)
+        return found
+
+    def _joined(self, found: list[tuple[Tensor, Tensor] | None], output: Tensor) -> Pull | None:
+        whole: Tensor | None = None
+        sums = []
+        for term, one in zip(self._objective.terms, found, strict=True):
+            if one is None:
+                return None
+            gradient = term.loss.restore(one[1], output)
+            whole = gradient if whole is None else whole.add_(gradient)
+            sums.append(one[0].sum())
+        return None if whole is None else Pull(whole, sums)
+
+
+def can_wait(objective: Objective) -> bool:
+    """Whether gradients need no tally: one output, and every loss with a closed form."""
+    return objective.structure == "one" and all(has_closed_form(plan.loss) for plan in objective.terms)
