@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check bench exactness docs clean
+.PHONY: demo test test-slow check bench bench-trainers exactness docs clean
 
 # One stamp for each set of extras: pip runs once, and again when the project's requirements change.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -22,6 +22,12 @@ $(VENV)/.live: pyproject.toml constraints.txt $(VENV)/.dev
 
 $(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+# Keras on JAX and on TensorFlow, without torch and without the project.
+.venv-%/.done: benchmarks/speed/%.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 # The main job: train a U-Net twice on real digits, with the ledger on; ends with runs/demo/report.html.
@@ -53,6 +59,11 @@ bench: $(VENV)/.dev exactness
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/vocabulary.py
 
+# A training step beside raw torch and other trainers: about an hour, on a machine that does nothing else. Parts of it:
+# make bench-trainers TRAINERS='--workloads dense unet-64 --repeats 3'
+bench-trainers: $(VENV)/.bench .venv-jax/.done .venv-tensorflow/.done
+	$(BIN)/python benchmarks/trainers.py $(TRAINERS)
+
 # Errors of losses and gradients, beside other trainers.
 exactness: $(VENV)/.bench
 	$(BIN)/python benchmarks/exactness.py
@@ -62,4 +73,4 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/test_documents.py
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-jax .venv-tensorflow build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
