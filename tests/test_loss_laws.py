@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import lossledger as ll
 import oracles
 from checks import as_tensor, case, close, value_and_gradient
-from declarations import NAMES, REDUCTIONS, ROWS
+from declarations import MATRIX, NAMES, REDUCTIONS, ROWS
 
 TOLERANCE = 1e-12
 rows = st.sampled_from(ROWS)
@@ -90,6 +90,47 @@ def test_order_of_samples_does_not_matter(row, reduction, seed):
     a = loss.tally(*map(as_tensor, (y, p, w, m))).value
     b = loss.tally(*map(as_tensor, (y[order], p[order], w[order], m[order]))).value
     assert close(a, b)
+
+
+@pytest.mark.parametrize("row", MATRIX, ids=lambda row: row.name)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_counted_and_masked_elements_are_all_that_were_shown(row, seed):
+    y, p, w, m = case(row, seed, weights=seed == 1, zeros=True)
+    loss = row.make()
+    plain, tally = loss.tally(*map(as_tensor, (y, p, w))), loss.tally(*map(as_tensor, (y, p, w, m)))
+    assert tally.shown == plain.shown
+    assert tally.masked + tally.count == tally.shown
+    # What a loss leaves out by itself, as anchors without partners, a mask leaves out too.
+    assert tally.masked >= plain.masked >= 0
+    if row in ROWS:
+        each = plain.shown // m.size
+        assert (plain.masked, tally.masked) == (0, each * int((~m).sum()))
+    cut = int(np.random.default_rng(seed).integers(1, len(p))) if loss.additive else 0
+    parts = [
+        loss.tally(*(as_tensor(a if a is None else a[s]) for a in (y, p, w, m)))
+        for s in (slice(cut), slice(cut, None))
+        if cut
+    ]
+    assert not parts or (sum(parts).shown, int(sum(parts).masked)) == (tally.shown, int(tally.masked))
+    if loss.additive:
+        exact = loss.tally(*map(as_tensor, (y, p, w, m)), reproducible=True)
+        assert (exact.shown, int(exact.masked)) == (tally.shown, int(tally.masked))
+
+
+def test_ignored_labels_are_masked_and_weights_of_0_are_not():
+    labels, logits = torch.tensor([[0, 2, -1], [1, -1, 0]]), torch.zeros(2, 3, 3)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    head = torch.nn.Linear(5, 3)
+    for loss, output in (
+        (ll.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1), logits),
+        (ll.losses.LinearCrossentropy(head, ignore_class=-1), torch.zeros(2, 3, 5)),
+    ):
+        assert (loss.tally(labels, output).shown, int(loss.tally(labels, output).masked)) == (6, 2)
+        assert int(loss.tally(labels, output, mask=mask).masked) == 3
+        assert int(loss.tally(labels, output, sample_weight=[0.0, 1.0]).masked) == 2
+        with torch.enable_grad():
+            tally, _ = loss.backprop(labels, output, mask=mask)
+        assert (tally.shown, int(tally.masked)) == (6, 3)
 
 
 REPEAT_IS_WEIGHT = {"sum", "mean_with_sample_weight"}

@@ -16,6 +16,8 @@ from lossledger.tally import Groups, Spread, Tally, divide
 
 fractions = st.fractions(-5, 5, max_denominator=7)
 counts = st.integers(0, 9)
+# Of elements that were masked; None where nobody says how many elements there were.
+lacking = st.one_of(st.none(), counts)
 
 
 @st.composite
@@ -30,11 +32,13 @@ def tallies(draw, cells=0, groups=()):
         rows = Groups("class", tuple((n, "") for n in names), row, row, np.array(number), np.array(number))
     total = sum(shares, Fraction(0)) if names else draw(fractions)
     count = sum(number) if names else draw(counts)
+    masked = draw(lacking)
+    shown = None if masked is None else count + masked
     if cells:
         numerator = np.array([draw(fractions) for _ in range(cells)], dtype=object)
         divisor = np.array([Fraction(draw(counts)) for _ in range(cells)], dtype=object)
-        return Tally(numerator, divisor, count, count, Fraction(1, cells), Fraction(1, 9), "ratio")
-    return Tally(total, Fraction(count), count, count, groups=rows)
+        return Tally(numerator, divisor, count, count, Fraction(1, cells), Fraction(1, 9), "ratio", shown=shown)
+    return Tally(total, Fraction(count), count, count, groups=rows, shown=shown)
 
 
 def content(tally):
@@ -43,7 +47,16 @@ def content(tally):
     if tally.groups is not None:
         columns = (tally.groups.numerator, tally.groups.total, tally.groups.count, tally.groups.weight)
         rows = sorted(zip(tally.groups.keys, *(list(c) for c in columns), strict=True))
-    fields = (tally.numerator, tally.divisor, tally.count, tally.weight, tally.coefficient, tally.offset, tally.form)
+    fields = (
+        tally.numerator,
+        tally.divisor,
+        tally.count,
+        tally.weight,
+        tally.coefficient,
+        tally.offset,
+        tally.form,
+        tally.shown,
+    )
     return [f.tolist() if isinstance(f, np.ndarray) else f for f in fields], rows
 
 
@@ -78,6 +91,14 @@ def test_value_of_the_whole_is_total_over_divisor(parts):
     whole = sum(parts)
     total, divisor = sum(p.numerator for p in parts), sum(p.divisor for p in parts)
     assert whole.value == (total / divisor if divisor else 0)
+
+
+@given(st.lists(tallies(), max_size=6))
+def test_masked_elements_add_up_where_every_part_knows_them(parts):
+    whole = sum(parts, Tally.zero())
+    known = [part.masked for part in parts]
+    assert whole.masked == (None if None in known else sum(known))
+    assert whole.masked is None or whole.masked + whole.count == whole.shown
 
 
 @st.composite

@@ -100,16 +100,22 @@ class Problem:
 
 @dataclass(frozen=True)
 class Found:
-    """What a window gave on a rank: gradients, the size of each micro-batch's part, values of the terms."""
+    """What a window gave on a rank: gradients, the size of each micro-batch's part, values and counts of the terms."""
 
     gradients: list[torch.Tensor]
     parts: list[float]
     values: dict[str, float]
     total: float
+    counts: dict[str, tuple[int, int]]
 
 
 def values_of(b):
-    return {"values": {name: float(term.value) for name, term in b.terms.items()}, "total": b.value}
+    """Values of the terms and of the total, and how many elements counted and were masked."""
+    values = {name: float(term.value) for name, term in b.terms.items()}
+    # A penalty on the weights is counted where it is added.
+    tallies = {name: term.tally for name, term in b.terms.items() if term.role != "regularizer"}
+    counts = {name: (int(tally.count), int(tally.masked)) for name, tally in tallies.items()}
+    return {"values": values, "total": b.value, "counts": counts}
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,7 @@ def expect_one_batch(problem, ranks):
         for name, value in found.values.items():
             assert abs(value - expected.values[name]) <= 2 * tolerance * expected.sizes[name], name
         assert abs(found.total - expected.total) <= 2 * tolerance * expected.size
+        assert found.counts == expected.counts
 
 
 # --- random problems -----------------------------------------------------------------------------------------------

@@ -288,6 +288,7 @@ class Tally:
         link: what makes the losses of the cells from the sums, where it is not the quotient.
         grid: the same sums on fixed grids, where they are to be bitwise the same for any split; then the others are
             made from them.
+        shown: number of elements before any was masked, known from shapes alone; `None` where nobody said it.
 
     Returns of `value` and `contributions()` have the kind of the statistics: a torch tensor stays differentiable.
 
@@ -297,6 +298,8 @@ class Tally:
         3.5
         >>> sum([first, second]).count
         4
+        >>> (Tally(6.0, 3, 3, 3.0, shown=5) + Tally(8.0, 1, 1, 1.0, shown=2)).masked
+        3
     """
 
     numerator: Number
@@ -311,6 +314,7 @@ class Tally:
     statistics: Number = None
     link: Link | None = None
     grid: Grid | None = None
+    shown: Number = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the tally of no data is still the neutral one.
@@ -322,6 +326,11 @@ class Tally:
     def zero(cls) -> Tally:
         """The tally of no data: `zero() + t` and `t + zero()` are `t`."""
         return _ZERO
+
+    @property
+    def masked(self) -> Number:
+        """Number of elements that do not count: masked, of an ignored label or absent class; `None` if not known."""
+        return None if self.shown is None else self.shown - self.count
 
     @property
     def value(self) -> Number:
@@ -403,6 +412,8 @@ class Tally:
             None if self.groups is None or other.groups is None else self.groups + other.groups,
             None if self.statistics is None else self.statistics + other.statistics,
             self.link,
+            # What one of two did not say, their sum does not know either.
+            shown=None if self.shown is None or other.shown is None else self.shown + other.shown,
         )
 
     @property
@@ -415,4 +426,4 @@ class Tally:
         return self if other == 0 and isinstance(other, int) else NotImplemented
 
 
-_ZERO = Tally(0, 0, 0, 0)
+_ZERO = Tally(0, 0, 0, 0, shown=0)

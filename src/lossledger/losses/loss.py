@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -409,6 +410,7 @@ class Loss:
             offset=self._columns(elements.shape[-1]) if divisor is None else 0,
             nonfinite=count_not_finite(plain, numerator.detach()),
             groups=None if by is None else self._groups(batch, detached, plain, weights, by),
+            shown=prod(weights.shape),
         )
 
     def _tally_scalar(self, batch: Aligned, elements: Tensor, by: By) -> Tally:
@@ -422,8 +424,8 @@ class Loss:
         bad = not_finite(value.detach()).sum()
         samples = batch.prediction.raw.shape[0]
         if self.scalar == "sum":
-            return Tally(value, 0, samples, samples, offset=1, nonfinite=bad)
-        return Tally(value * samples, samples, samples, samples, nonfinite=bad)
+            return Tally(value, 0, samples, samples, offset=1, nonfinite=bad, shown=samples)
+        return Tally(value * samples, samples, samples, samples, nonfinite=bad, shown=samples)
 
     def _groups(self, batch: Aligned, weighted: Tensor, total: Tensor, weights: Weighting, by: By) -> Groups:
         if isinstance(by, Tensor):

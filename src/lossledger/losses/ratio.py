@@ -294,6 +294,7 @@ class Overlap(ElementLoss):
             groups=groups,
             statistics=None if self._plain else self._cell_statistics(batch, kept, scale),
             link=self.link,
+            shown=prod(batch.weighting.shape),
         )
 
     @property

@@ -176,6 +176,7 @@ def _part(tallies: Sequence[Tally], sums: Sequence[Any], counts: bool, apart: bo
         count=_total([tally.count for tally in tallies]) if counts else 0,
         nonfinite=_total([tally.nonfinite for tally in tallies]) if counts else 0,
         groups=groups,
+        shown=_total([tally.shown for tally in tallies]) if counts else 0,
     )
 
 

@@ -93,4 +93,4 @@ def auxiliary_tally(name: str, value: Tensor, samples: int) -> Tally:
             f"{received}. Reduce it over all axes but the batch."
         )
     numerator = value.sum() if value.ndim else value * samples
-    return Tally(numerator, samples, samples, samples, nonfinite=not_finite(value.detach()).sum())
+    return Tally(numerator, samples, samples, samples, nonfinite=not_finite(value.detach()).sum(), shown=samples)

@@ -60,7 +60,7 @@ class Penalty:
         if hasattr(total, "full_tensor"):
             # Of sharded parameters: each rank has its part of the sum.
             total = total.full_tensor()
-        return Tally(total, 1, 1, 1, nonfinite=not_finite(total.detach()).sum())
+        return Tally(total, 1, 1, 1, nonfinite=not_finite(total.detach()).sum(), shown=1)
 
 
 def by_output(loss: Any, names: Sequence[str] | None) -> tuple[dict[str, Loss | Expression | None], str]:

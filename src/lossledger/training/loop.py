@@ -208,6 +208,7 @@ def without_bad(tallies: dict[str, Tally], bad: Tensor) -> dict[str, Tally]:
             divisor=keep(tally.divisor),
             count=keep(tally.count),
             weight=keep(tally.weight),
+            shown=None if tally.shown is None else keep(tally.shown),
             groups=groups,
             statistics=None if tally.statistics is None else keep(tally.statistics),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -72,7 +73,7 @@ class Running:
         self._patterns = {name: _pattern(**kind, link=links.get(name)) for name, kind in state["patterns"].items()}
         self._sums = {
             name: [v.to(self._device, copy=True) if isinstance(v, Tensor) else v for v in values]
-            for name, values in state["sums"].items()
+            for name, values in ((n, _completed(state["patterns"][n], v)) for n, v in state["sums"].items())
         }
 
     def read(self) -> dict[str, Tally]:
@@ -111,11 +112,17 @@ def _kind(tally: Tally) -> dict[str, Any]:
     groups = tally.groups
     found = {"coefficient": tally.coefficient, "offset": tally.offset, "form": tally.form}
     rows = None if groups is None else (groups.kind, groups.keys, groups.cell)
-    return found | {"groups": rows} | ({} if tally.grid is None else {"grid": True})
+    return found | {"groups": rows, "shown": True} | ({} if tally.grid is None else {"grid": True})
 
 
 def _pattern(
-    coefficient: Any, offset: Any, form: Any, groups: tuple[Any, ...] | None, link: Link | None, grid: bool = False
+    coefficient: Any,
+    offset: Any,
+    form: Any,
+    groups: tuple[Any, ...] | None,
+    link: Link | None,
+    grid: bool = False,
+    shown: bool = True,
 ) -> Tally:
     empty = None if groups is None else Groups(groups[0], groups[1], 0, 0, 0, 0, groups[2])
     statistics = None if link is None or form != "ratio" else 0
@@ -130,7 +137,18 @@ def described(tally: Tally) -> dict[str, Any]:
 
 def rebuilt(told: dict[str, Any], link: Link | None) -> Tally:
     """The tally that `described` told."""
-    return _rebuild(_pattern(**told["kind"], link=link), told["sums"])
+    return _rebuild(_pattern(**told["kind"], link=link), _completed(told["kind"], told["sums"]))
+
+
+def _completed(kind: Mapping[str, Any], sums: list[Any]) -> list[Any]:
+    """The sums as this version has them: those of older checkpoints do not know how many elements were shown."""
+    if kind.get("shown"):
+        return sums
+    if not kind.get("grid"):
+        return [*sums, math.nan]
+    length = (len(sums) - 2) // len(GRID)
+    parts = [[*sums[i * length : (i + 1) * length], math.nan] for i in range(len(GRID))]
+    return [*(value for part in parts for value in part), *sums[-2:]]
 
 
 # Positions of the counts among the slots: count, nonfinite, and the counts of the groups. On a grid the coarse part,
@@ -145,7 +163,9 @@ def _slots(tally: Tally) -> list[Tensor | int | float]:
     groups = tally.groups
     rows = [] if groups is None else [groups.numerator, groups.total, groups.count, groups.weight]
     extra = [] if tally.statistics is None else [tally.statistics]
-    return [tally.numerator, tally.divisor, tally.count, tally.weight, tally.nonfinite, *rows, *extra]
+    # Nothing that is added to NaN makes it a number again.
+    shown = math.nan if tally.shown is None else tally.shown
+    return [tally.numerator, tally.divisor, tally.count, tally.weight, tally.nonfinite, *rows, *extra, shown]
 
 
 def _rebuild(pattern: Tally, values: list[Any]) -> Tally:
@@ -168,5 +188,6 @@ def _rebuild(pattern: Tally, values: list[Any]) -> Tally:
         weight=weight,
         nonfinite=nonfinite,
         groups=groups,
-        statistics=None if pattern.statistics is None else values[-1],
+        statistics=None if pattern.statistics is None else values[-2],
+        shown=None if math.isnan(values[-1]) else int(values[-1]),
     )

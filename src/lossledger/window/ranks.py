@@ -132,7 +132,7 @@ def moved(tallies: Mapping[str, Tally], device: torch.device) -> dict[str, Tally
         if g is not None:
             rows = {f: move(getattr(g, f)) for f in ("numerator", "total", "count", "weight")}
             g = replace(g, **rows)
-        sums = {f: move(getattr(t, f)) for f in (*_SUMS, "count", "weight", "nonfinite")}
+        sums = {f: move(getattr(t, f)) for f in (*_SUMS, "count", "weight", "nonfinite", "shown")}
         found[name] = replace(t, **sums, coefficient=move(t.coefficient), offset=move(t.offset), groups=g)
     return found
 
