@@ -396,6 +396,21 @@ def groups_of_other_names(world):
     assert not model.ledger.balance()
 
 
+@case()
+def counts_of_what_is_masked(world):
+    """Counted and masked elements of all ranks are those of one process, in training and evaluation."""
+    x, y = pairs()
+    mask = torch.rand(N, generator=torch.Generator().manual_seed(5)) < 0.6
+    loss = L.BinaryCrossentropy(**LOGITS) + L.Dice(axis=(0,), from_logits="sigmoid")
+    options = {"batch_size": 5, "accumulate": 2, "epochs": 2, "seed": 3, "verbose": 0, "validation_split": 0.3}
+    model, one = simple(loss=loss), simple(loss=loss, group=world.solo)
+    for run in ("fit", "evaluate"):
+        for made in (model, one):
+            made.fit(x, y, mask=mask, **options) if run == "fit" else made.evaluate(x, y, mask=mask, verbose=0)
+        found, expected = ([(r.term, r.count, r.masked) for r in made.ledger.rows] for made in (model, one))
+        assert found == expected and any(masked for *_, masked in found)
+
+
 @case("folder", "memory")
 def slices_of_samples(world, where):
     """The groups of the samples of all ranks, in a run folder and in memory."""

@@ -54,7 +54,7 @@ def test_steps_metrics_and_columns() -> None:
     (iou,) = ledger.query("SELECT run, value FROM metrics WHERE NOT isnan(value)").rows
     assert iou == {"run": "known", "value": 0.5}
     names = [line["column_name"] for line in ledger.query("DESCRIBE ledger")]
-    assert names[:5] == ["run", "split", "epoch", "step", "term"] and len(names) == 20
+    assert names[:5] == ["run", "split", "epoch", "step", "term"] and len(names) == 21
     assert len(ledger.query("WITH a AS (SELECT 1 AS x) SELECT x FROM a")) == 1
     assert len(Ledger().query("SELECT * FROM ledger")) == 0
 

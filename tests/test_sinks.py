@@ -77,7 +77,7 @@ def trained(folder, make, cut):
 
 def row(**changed):
     names = dict(split="training", epoch=1, step=None, term="bce", role="data", form="linear", kind="term")
-    sums = dict(total=6.0, count=4, weight=3.0, coefficient=0.5, divisor=4.0, contribution=0.75, nonfinite=2)
+    sums = dict(total=6.0, count=4, weight=3.0, coefficient=0.5, divisor=4.0, contribution=0.75, nonfinite=2, masked=3)
     return Row(**(dict(names, group="", presence="", **sums) | changed))
 
 
@@ -96,7 +96,7 @@ def expected(history):
         mean = r.total / (r.weight if r.form == "ratio" else r.count)
         values = {"mean": mean, "count": r.count, "contribution": r.contribution}
         if r.kind == "term":
-            values["nonfinite"] = r.nonfinite
+            values |= {"nonfinite": r.nonfinite, "masked": r.masked}
             if r.step is not None:
                 losses[r.step] = losses.get(r.step, 0.0) + r.contribution
         found |= {(at[0], f"{what}/{owner}", at[1]): value for what, value in values.items()}
@@ -109,15 +109,16 @@ def expected(history):
 
 def test_points_of_rows():
     metrics = [MetricRow("training", 1, "iou", "owl", math.nan), MetricRow("training", 1, "iou", "cat", 0.5)]
-    group = row(kind="class", group="cat", presence="absent", total=1.0, contribution=0.125)
+    group = row(kind="class", group="cat", presence="absent", total=1.0, contribution=0.125, masked=None)
     rows = [row(step=7), row(step=7, term="l2", contribution=1.0, count=0), row(), group, row(form="ratio")]
     found = [(p.split, p.step, "/".join(p.name), p.value) for p in Series().points(rows, metrics)]
-    bce = {"contribution/bce": 0.75, "count/bce": 4, "mean/bce": 1.5, "nonfinite/bce": 2}
+    bce = {"contribution/bce": 0.75, "count/bce": 4, "masked/bce": 3, "mean/bce": 1.5, "nonfinite/bce": 2}
     assert found == [
         ("training", 7, "loss", 1.75),
         *(("training", 7, name, value) for name, value in bce.items()),
         ("training", 7, "contribution/l2", 1.0),
         ("training", 7, "count/l2", 0.0),
+        ("training", 7, "masked/l2", 3.0),
         ("training", 7, "nonfinite/l2", 2.0),
         *(("training", None, name, value) for name, value in bce.items()),
         ("training", None, "contribution/bce/class/cat/absent", 0.125),

@@ -33,7 +33,7 @@ def saved(folder: Path) -> Path:
     return next((folder / "ledger").iterdir())
 
 
-FIRST = "* EXCLUDE (minimum, maximum, squares)"
+FIRST = "* EXCLUDE (minimum, maximum, squares, masked)"
 
 
 def as_version_1(path: Path) -> Path:
@@ -148,29 +148,39 @@ def test_a_segment_of_version_1_opens_and_grows(tmp_path: Path) -> None:
 def test_a_segment_says_its_version(tmp_path: Path) -> None:
     path = saved(tmp_path)
     said = duckdb.connect().execute(f"SELECT key, value FROM parquet_kv_metadata('{path}')").fetchall()
-    assert (b"lossledger_segment", b"3") in said
+    assert (b"lossledger_segment", b"4") in said
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_columns_that_came_later_have_no_value_in_older_segments_only(tmp_path: Path, version: int) -> None:
     path = saved(tmp_path)
     before = Ledger.open(tmp_path).rows
     old = path.with_name("old.parquet")
     options = f"FORMAT parquet, KV_METADATA {{lossledger_segment: '{version}'}}"
-    duckdb.connect().execute(f"COPY (SELECT {FIRST} FROM '{path}') TO '{old}' ({options})")
+    columns = "* EXCLUDE (masked)" if version == 3 else FIRST
+    duckdb.connect().execute(f"COPY (SELECT {columns} FROM '{path}') TO '{old}' ({options})")
     path.unlink()
     old.rename(old.with_name(f"old-000001-{hashlib.sha256(old.read_bytes()).hexdigest()}.parquet"))
-    if version == 3:
-        with pytest.raises(LedgerError, match="it lacks the columns minimum, maximum, squares"):
+    if version == 4:
+        with pytest.raises(LedgerError, match="it lacks the columns minimum, maximum, squares, masked"):
             Ledger.open(tmp_path)
         return
     assert Ledger.open(tmp_path).rows == before
     # A new segment beside it has them.
     ledger = Ledger.open(tmp_path)
-    new = Row(**{name: getattr(row(6, 1.0), name) for name in ROW_COLUMNS} | {"minimum": -1.5, "maximum": math.inf})
+    new = Row(
+        **{name: getattr(row(6, 1.0), name) for name in ROW_COLUMNS}
+        | {"minimum": -1.5, "maximum": math.inf, "masked": 5}
+    )
     ledger.append([new])
     ledger.flush()
-    assert Ledger.open(tmp_path).rows == (*before, new)
+    opened = Ledger.open(tmp_path)
+    assert opened.rows == (*before, new)
+    # What old rows do not know is never 0, not in a sum with new ones either.
+    assert [row["masked"] for row in opened.table(["epoch"])] == [*[None] * 5, 5]
+    assert opened.table(["term"]).rows[0]["masked"] is None
+    known = opened.query("SELECT count(masked) AS known, count(*) AS rows FROM ledger").rows
+    assert known == [{"known": 1, "rows": 31}]
 
 
 def test_a_segment_without_its_checksum_is_refused(tmp_path: Path) -> None:
@@ -180,7 +190,7 @@ def test_a_segment_without_its_checksum_is_refused(tmp_path: Path) -> None:
         Ledger.open(tmp_path)
 
 
-@pytest.mark.parametrize("version", ["4", "99", "new", "", "-1", "9" * 50])
+@pytest.mark.parametrize("version", ["5", "99", "new", "", "-1", "9" * 50])
 def test_a_segment_of_another_version_is_refused(tmp_path: Path, version: str) -> None:
     path = saved(tmp_path)
     newer = path.with_name("newer-000002.parquet")

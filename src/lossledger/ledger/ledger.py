@@ -256,7 +256,9 @@ class Ledger(Sliced):
         Returns:
             a Table with the dimensions, then total, count and weight (sums), mean (total / count, for ratio terms
             total / weight; None where nothing was counted or terms are mixed), contribution (sum) and share of the
-            whole loss of the same run, split, epoch and step.
+            whole loss of the same run, split, epoch and step; then masked (elements that were shown and do not count),
+            minimum, maximum and squares (sum), each only where some row knows it, and None where a row that counts
+            does not.
 
         Raises:
             UnknownNameError: a dimension that the ledger does not have.

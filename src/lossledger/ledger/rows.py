@@ -34,6 +34,8 @@ class Row:
             where nothing was counted, or where the term has no elements: regularizers, ratios over the batch.
         maximum: the largest, with the same exceptions; NaN where an element is.
         squares: Σ element² over the unmasked elements, without weights.
+        masked: of a whole term, how many elements did not count: masked, of an ignored label or absent class; with
+            `count` it adds up to all that were shown. None where it is not known: in groups, and in older ledgers.
     """
 
     split: str
@@ -55,6 +57,7 @@ class Row:
     minimum: float | None = None
     maximum: float | None = None
     squares: float | None = None
+    masked: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,4 +81,4 @@ class MetricRow:
 
 ROW_COLUMNS = {item.name: _SQL_TYPES[str(item.type)] for item in fields(Row)}
 METRIC_COLUMNS = {item.name: _SQL_TYPES[str(item.type)] for item in fields(MetricRow)}
-OPTIONAL = frozenset({"step", "minimum", "maximum", "squares"})
+OPTIONAL = frozenset({"step", "minimum", "maximum", "squares", "masked"})

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 # Of run.json.
 SCHEMA_VERSION = 1
-# Of a segment: version 1 had no checksum in its name, and did not say its version; 2 had no spread of the elements.
-SEGMENT_VERSION = 3
+# Of a segment: version 1 had no checksum in its name, and did not say its version; 2 had no spread of the elements, 3
+# no count of what was masked.
+SEGMENT_VERSION = 4
 # Columns that came later, with the first version that has them; in older segments they have no value.
-LATER = {"minimum": 3, "maximum": 3, "squares": 3}
+LATER = {"minimum": 3, "maximum": 3, "squares": 3, "masked": 4}
 RUN_FILE = "run.json"
 # More than a run of years writes at once; a hostile file may declare any number.
 MOST_RECORDS = 10**8

@@ -31,6 +31,8 @@ SCOPE = ("run", "split", "epoch", "step")
 ROW_DIMENSIONS = (*SCOPE, "term", "role", "presence")
 GROUP_KINDS = ("class", "column", "label", "sample")
 MEASURES = ("total", "count", "weight", "mean", "contribution", "share")
+# Columns that a table has where some of its rows know them.
+KEPT = ("masked", "minimum", "maximum", "squares")
 DASH = "–"
 SHORTEST_NAME = 10
 
@@ -109,7 +111,8 @@ class Table:
 
     def _numeric(self) -> list[bool]:
         return [
-            c in MEASURES or (bool(self.rows) and all(_is_number(row[c]) for row in self.rows)) for c in self.columns
+            c in MEASURES or c in KEPT or (bool(self.rows) and all(_is_number(row[c]) for row in self.rows))
+            for c in self.columns
         ]
 
 
@@ -183,7 +186,7 @@ def roll_up(records: Columns, by: Sequence[str], where: Mapping[str, Any]) -> Ta
         loss = exact_sum(wholes.get(tuple(names[name] for name in scope), []))
         cell = cells[key]
         rows.append({**names, **cell, "share": cell["contribution"] / loss if loss else None})
-    return Table((*by, *MEASURES), rows)
+    return Table((*by, *MEASURES, *_known(parts)), rows)
 
 
 def _column(name: str, kind: str) -> str:
@@ -206,19 +209,53 @@ def _keys(records: Columns, names: Sequence[str], groups: Groups) -> list[tuple[
     return list(zip(*(records[name].taken(groups.first).listed() for name in names), strict=True))
 
 
+def _known(records: Columns) -> list[str]:
+    """Those of the columns in `KEPT` that any record has a value of."""
+    return [name for name in KEPT if (missing := records[name].missing) is None or not missing.all()]
+
+
 def _measures(records: Columns, groups: Groups) -> Iterator[dict[str, Any]]:
     """The sums of each group, and its mean where it has one."""
     import numpy as np
 
+    kept = {name: groups.lists(np.array(records[name].listed(), dtype=object)) for name in _known(records)}
     sums = [groups.lists(records[name].values) for name in ("total", "count", "weight", "contribution")]
     ratio = groups.lists(records["form"].among(("ratio",)))
     # One number a term and form: totals of two terms are in different units, and their quotient the mean of nothing.
     terms = np.asarray(records["term"].values, np.int64) * (len(records["form"].names) + 1) + records["form"].values
-    for totals, counts, weights, contributions, ratios, term in zip(*sums, ratio, groups.lists(terms), strict=True):
+    lists = enumerate(zip(*sums, ratio, groups.lists(terms), strict=True))
+    for position, (totals, counts, weights, contributions, ratios, term) in lists:
         total, count, weight = exact_sum(totals), sum(counts), exact_sum(weights)
-        mean = mean_of(total, count, weight, ratios[0]) if min(term) == max(term) else None
+        alone = min(term) == max(term)
+        mean = mean_of(total, count, weight, ratios[0]) if alone else None
         values = (total, count, weight, mean, exact_sum(contributions), None)
-        yield dict(zip(MEASURES, values, strict=True))
+        found = {name: merged(name, lists[position], counts, alone) for name, lists in kept.items()}
+        yield dict(zip(MEASURES, values, strict=True)) | found
+
+
+def merged(name: str, values: Sequence[Any], counts: Sequence[int], alone: bool = True) -> Any:
+    """What rows have together of a column in `KEPT`; None where one that counts does not know it.
+
+    Args:
+        name: of the column.
+        values: [N] of the rows.
+        counts: [N] their counts: a row that counts nothing has no smallest element to know.
+        alone: the rows are of one term. Elements of several are in different units, and none of them is the smallest.
+
+    >>> merged("masked", [3, 4], [1, 0]), merged("minimum", [0.5, None], [4, 0]), merged("squares", [0.5, None], [4, 1])
+    (7, 0.5, None)
+    """
+    if name == "masked":
+        return None if None in values else sum(values)
+    known = [value for value, count in zip(values, counts, strict=True) if count or value is not None]
+    if not alone or not known or None in known:
+        return None
+    if name == "squares":
+        return exact_sum(known)
+    # A comparison with NaN is false: min and max would keep it or lose it by its place.
+    if any(value != value for value in known):
+        return math.nan
+    return min(known) if name == "minimum" else max(known)
 
 
 def mean_of(total: float, count: int, weight: float, ratio: bool) -> float | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lossledger.ledger import Row
 from lossledger.report.numbers import display
+from lossledger.report.shares import Reach, reach
 
 # Said in sections of their own, or in words of their own below.
 _ELSEWHERE = ("findings", "recipe", "divisors", "regularizers", "class_names", "gaps")
@@ -24,7 +26,7 @@ def provenance(info: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[tuple[s
     """
     yield from _recipe(info)
     yield from _flat({key: value for key, value in info.items() if key not in _ELSEWHERE})
-    yield from _counted(rows)
+    yield from ((f"entries of {found.term}, {found.split}", _said(found)) for found in counted(rows))
 
 
 def _recipe(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -51,18 +53,52 @@ def _recipe(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _flat({"class names": names})
 
 
-def _counted(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """How many entries of each term the last epoch of each split counted, and how many were not finite."""
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What the last epoch of a split counted of a term; `masked` is None where an older ledger does not know it."""
+
+    term: str
+    split: str
+    epoch: int
+    count: int
+    masked: int | None
+    nonfinite: int
+    divisor: float
+    reach: Reach
+
+
+def counted(rows: Sequence[Row]) -> Iterator[Counted]:
+    """What the last epoch of each split counted, term by term.
+
+    Args:
+        rows: of epochs.
+    """
     whole = [row for row in rows if row.kind == "term" and row.role == "data"]
     for split in dict.fromkeys(row.split for row in whole):
         last = max(row.epoch for row in whole if row.split == split)
         for row in whole:
             if (row.split, row.epoch) == (split, last):
-                finite = "all finite" if not row.nonfinite else f"{display(row.nonfinite, 'count')} of them not finite"
-                said = (
-                    f"{display(row.count, 'count')} not masked, {finite}; divided by {display(row.divisor, digits=6)}"
-                )
-                yield f"entries of {row.term}, {split}", said
+                sums = (row.count, row.masked, row.nonfinite, row.divisor)
+                yield Counted(row.term, split, last, *sums, reach([row]))
+
+
+def _said(found: Counted) -> str:
+    """Counts in words; what an older ledger does not know is said to be unknown."""
+    masked = "" if found.masked is None else f", {_masked(found.masked, found.count)}"
+    finite = "all finite" if not found.nonfinite else f"{display(found.nonfinite, 'count')} of them not finite"
+    said = (
+        f"{display(found.count, 'count')} not masked{masked}, {finite}; divided by {display(found.divisor, digits=6)}"
+    )
+    if found.reach.maximum is not None:
+        ends = f"from {display(found.reach.minimum)} to {display(found.reach.maximum)}"
+        said += f"; elements {ends}, root mean square {display(found.reach.root_mean_square)}"
+    return said if found.masked is not None else f"{said}; how many were masked is not known"
+
+
+def _masked(masked: int, count: int) -> str:
+    if not masked:
+        return "none masked"
+    return f"{display(masked, 'count')} masked ({display(masked / (masked + count), 'percent')} of all)"
 
 
 def _flat(info: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from lossledger.ledger import MetricRow, Row
-from lossledger.ledger.table import exact_sum
+from lossledger.ledger.table import exact_sum, merged
 
 # Groups that are classes, the one that a reader knows best first. Other kinds (a site, a position) are no classes.
 CLASS_KINDS = ("class", "column", "label")
@@ -48,6 +48,15 @@ class OutputShare:
 
 
 @dataclass(frozen=True, slots=True)
+class Reach:
+    """Smallest, largest and root mean square of unmasked elements, without weights; None unless the run kept them."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    root_mean_square: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ClassRow:
     """One class: share of the entries where it is present, share of the loss, own means a unit of weight, metrics.
 
@@ -62,6 +71,7 @@ class ClassRow:
     average_weight: float | None
     metrics: tuple[float | None, ...]
     trend: tuple[tuple[int, float | None], ...] = ()
+    reach: Reach = Reach()
 
     @property
     def change(self) -> float | None:
@@ -138,7 +148,24 @@ def _class_row(
         average_weight=quotient(weight, count) if linear else None,
         metrics=metrics,
         trend=trend,
+        reach=reach(own),
     )
+
+
+def reach(rows: Sequence[Row]) -> Reach:
+    """How far the elements of rows of one term reach.
+
+    Args:
+        rows: of the ledger.
+    """
+    counts = [row.count for row in rows]
+    low, high, squares = (
+        merged(name, [getattr(row, name) for row in rows], counts) for name in ("minimum", "maximum", "squares")
+    )
+    mean = None if squares is None else quotient(squares, sum(counts))
+    # Another program may have written squares that are none.
+    root = None if mean is None else math.sqrt(mean) if mean >= 0 else math.nan
+    return Reach(low, high, root)
 
 
 def _where_present(own: Sequence[Row]) -> Sequence[Row]:

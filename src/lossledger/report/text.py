@@ -157,6 +157,9 @@ def class_columns(table: ClassTable) -> list[Column]:
         found.append(Column(TREND, "change", tuple(row.change for row in rows)))
     for position, metric in enumerate(table.metrics):
         found.append(Column(metric, "number", tuple(row.metrics[position] for row in rows)))
+    spread = (("smallest", "minimum"), ("largest", "maximum"), ("root mean square", "root_mean_square"))
+    for head, name in spread if any(row.reach.maximum is not None for row in rows) else ():
+        found.append(Column(head, "number", tuple(getattr(row.reach, name) for row in rows)))
     if table.weighted:
         found.append(Column("avg. weight", "number", tuple(row.average_weight for row in rows)))
     return found

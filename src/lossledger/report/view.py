@@ -17,7 +17,7 @@ from lossledger.ledger.table import exact_sum
 from lossledger.report.charts import Curve, curves
 from lossledger.report.gap import GapView, gap_view
 from lossledger.report.groups import PlaceMap, SliceTable, place_maps, slice_tables, worst_slices
-from lossledger.report.origin import provenance
+from lossledger.report.origin import Counted, counted, provenance
 from lossledger.report.samples import Cartography, SampleTable, cartography, sample_tables
 from lossledger.report.shares import ClassRow, ClassTable, OutputShare, TermShare, class_tables, output_shares, quotient
 
@@ -103,6 +103,7 @@ class RunView:
     slices: tuple[SliceTable, ...] = ()
     maps: tuple[PlaceMap, ...] = ()
     worst: Slices | None = None
+    counted: tuple[Counted, ...] = ()
 
     @property
     def terms(self) -> tuple[TermShare, ...]:
@@ -182,6 +183,7 @@ def _run_view(name: str, ledger: Ledger, against: tuple[str, Ledger] | None) -> 
         slices=tuple(chain.from_iterable(slice_tables(own, ledger.loss(own[0].split)) for own in divided)),
         maps=tuple(chain.from_iterable(map(place_maps, divided))),
         worst=worst_slices(ledger),
+        counted=tuple(counted(rows)),
     )
 
 

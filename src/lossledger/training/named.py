@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossledger.errors import CheckpointError, InputError, InputTypeError
-from lossledger.ledger.table import GROUP_KINDS, MEASURES, ROW_DIMENSIONS
+from lossledger.ledger.table import GROUP_KINDS, KEPT, MEASURES, ROW_DIMENSIONS
 
-RESERVED = frozenset((*ROW_DIMENSIONS, *GROUP_KINDS, *MEASURES, "group", "kind"))
+RESERVED = frozenset((*ROW_DIMENSIONS, *GROUP_KINDS, *MEASURES, *KEPT, "group", "kind"))
 
 
 class Names:

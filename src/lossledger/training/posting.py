@@ -40,6 +40,7 @@ def _term_rows(
         divisor=float(divisor.sum()),
         contribution=coefficient * float(tally.value),
         nonfinite=int(tally.nonfinite),
+        masked=None if tally.masked is None else int(tally.masked),
     )
     yield whole
     groups = tally.groups
@@ -61,6 +62,7 @@ def _term_rows(
             divisor=float(divisor[cells[index]]),
             contribution=coefficient * float(shares[index]),
             nonfinite=0,
+            masked=None,
         )
 
 

@@ -41,17 +41,17 @@ class Running:
             if name not in self._patterns:
                 self._patterns[name] = tally
                 self._sums[name] = [
-                    self._copy(v, slot) if isinstance(v, Tensor) else v for slot, v in enumerate(values)
+                    self._copy(v, tally, slot) if isinstance(v, Tensor) else v for slot, v in enumerate(values)
                 ]
             else:
-                self._accumulate(self._sums[name], values)
+                self._accumulate(self._sums[name], values, tally)
 
-    def _copy(self, value: Tensor, slot: int) -> Tensor:
+    def _copy(self, value: Tensor, tally: Tally, slot: int) -> Tensor:
         # Sums of many batches need float64, and counts int64; what counts in this batch may weigh in the next.
-        wide = torch.int64 if slot in _COUNTS else torch.float64
+        wide = torch.int64 if slot % _length(tally) in _COUNTS else torch.float64
         return value.detach().to(self._device, wide, copy=True)
 
-    def _accumulate(self, sums: list[Tensor | int | float], values: list[Tensor | int | float]) -> None:
+    def _accumulate(self, sums: list[Tensor | int | float], values: list[Tensor | int | float], tally: Tally) -> None:
         targets, addends = [], []
         for slot, value in enumerate(values):
             known = sums[slot]
@@ -59,7 +59,7 @@ class Running:
                 targets.append(known)
                 addends.append(value.detach())
             elif isinstance(value, Tensor):
-                sums[slot] = self._copy(value, slot) + known
+                sums[slot] = self._copy(value, tally, slot) + known
             else:
                 sums[slot] = known + value
         torch._foreach_add_(targets, addends)
@@ -144,16 +144,14 @@ def _completed(kind: Mapping[str, Any], sums: list[Any]) -> list[Any]:
     """The sums as this version has them: those of older checkpoints do not know how many elements were shown."""
     if kind.get("shown"):
         return sums
-    if not kind.get("grid"):
-        return [*sums, math.nan]
-    length = (len(sums) - 2) // len(GRID)
-    parts = [[*sums[i * length : (i + 1) * length], math.nan] for i in range(len(GRID))]
-    return [*(value for part in parts for value in part), *sums[-2:]]
+    rest = sums[-2:] if kind.get("grid") else []
+    length = (len(sums) - len(rest)) // (len(GRID) if rest else 1)
+    parts = (sums[start : start + length] for start in range(0, len(sums) - len(rest), length))
+    return [*(value for part in parts for value in (*part[:5], math.nan, *part[5:])), *rest]
 
 
-# Positions of the counts among the slots: count, nonfinite, and the counts of the groups. On a grid the coarse part,
-# which has the counts, comes first.
-_COUNTS = (2, 4, 7)
+# Positions of the counts among the slots: count, nonfinite, and the counts of the groups.
+_COUNTS = (2, 4, 8)
 
 
 def _slots(tally: Tally) -> list[Tensor | int | float]:
@@ -165,7 +163,12 @@ def _slots(tally: Tally) -> list[Tensor | int | float]:
     extra = [] if tally.statistics is None else [tally.statistics]
     # Nothing that is added to NaN makes it a number again.
     shown = math.nan if tally.shown is None else tally.shown
-    return [tally.numerator, tally.divisor, tally.count, tally.weight, tally.nonfinite, *rows, *extra, shown]
+    return [tally.numerator, tally.divisor, tally.count, tally.weight, tally.nonfinite, shown, *rows, *extra]
+
+
+def _length(tally: Tally) -> int:
+    """Number of slots of a tally; on a grid, of each of its parts."""
+    return 6 + 4 * (tally.groups is not None) + (tally.statistics is not None)
 
 
 def _rebuild(pattern: Tally, values: list[Any]) -> Tally:
@@ -178,8 +181,8 @@ def _rebuild(pattern: Tally, values: list[Any]) -> Tally:
         return Grid(parts, *values[-2:]).tally()
     groups = pattern.groups
     if groups is not None:
-        groups = Groups(groups.kind, groups.keys, values[5], values[6], values[7], values[8], groups.cell)
-    numerator, divisor, count, weight, nonfinite = values[:5]
+        groups = Groups(groups.kind, groups.keys, values[6], values[7], values[8], values[9], groups.cell)
+    numerator, divisor, count, weight, nonfinite, shown = values[:6]
     return replace(
         pattern,
         numerator=numerator,
@@ -188,6 +191,6 @@ def _rebuild(pattern: Tally, values: list[Any]) -> Tally:
         weight=weight,
         nonfinite=nonfinite,
         groups=groups,
-        statistics=None if pattern.statistics is None else values[-2],
-        shown=None if math.isnan(values[-1]) else int(values[-1]),
+        statistics=None if pattern.statistics is None else values[-1],
+        shown=None if math.isnan(shown) else int(shown),
     )

@@ -58,10 +58,11 @@ class Series:
     Example:
         >>> names = dict(split="training", epoch=1, step=None, term="mse", role="data", form="linear", kind="term")
         >>> sums = dict(total=2.0, count=4, weight=4.0, coefficient=0.5, divisor=4.0, contribution=0.25, nonfinite=0)
-        >>> for point in Series().points([Row(**names, group="", presence="", **sums)], []):
+        >>> for point in Series().points([Row(**names, group="", presence="", **sums, masked=1)], []):
         ...     print("/".join(point.name), point.value)
         contribution/mse 0.25
         count/mse 4.0
+        masked/mse 1.0
         mean/mse 0.5
         nonfinite/mse 0.0
     """
@@ -72,9 +73,9 @@ class Series:
     def points(self, rows: Sequence[Row], metrics: Sequence[MetricRow]) -> Iterator[Point]:
         """The points of rows and of metrics by group.
 
-        Of a term: contribution, count, mean (total / count; for a ratio total / weight) and nonfinite; of a group the
-        first three. Rows of steps begin with the loss of their steps. A metric that is undefined for a group has no
-        point.
+        Of a term: contribution, count, masked where it is known, mean (total / count; for a ratio total / weight) and
+        nonfinite; of a group contribution, count and mean. Rows of steps begin with the loss of their steps. A metric
+        that is undefined for a group has no point.
         """
         left_out = self._many(rows)
         losses: dict[tuple[str, int], float] = {}
@@ -115,6 +116,8 @@ def _of_row(row: Row) -> Iterator[Point]:
     if row.presence:
         owner = (*owner, row.presence)
     found = {"contribution": row.contribution, "count": float(row.count)}
+    if row.masked is not None:
+        found["masked"] = float(row.masked)
     mean = mean_of(row.total, row.count, row.weight, row.form == "ratio")
     if mean is not None:
         found["mean"] = mean

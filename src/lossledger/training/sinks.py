@@ -83,8 +83,9 @@ class TensorBoard(_Sink):
 
     The folders `train` and `validation` have the numbers of the logs as Keras names them, `epoch_loss`, at the epochs,
     counted from 0 as in Keras; and of the ledger's rows `mean/…`, `contribution/…` and `count/…` of terms and groups,
-    and `nonfinite/…` of terms. Rows of steps go to the folder `steps`, at their steps. Another training in the same
-    folder takes the place of what it repeats. TensorBoard holds single precision; the ledger has every digit.
+    and `masked/…` and `nonfinite/…` of terms. Rows of steps go to the folder `steps`, at their steps. Another training
+    in the same folder takes the place of what it repeats. TensorBoard holds single precision; the ledger has every
+    digit.
 
     Args:
         log_dir: folder of the event files.
@@ -133,9 +134,9 @@ class MLflow(_Sink):
 
     They go to the active run, or to a new one of the experiment that is set in MLflow: those of the logs by their
     names, `loss` and `val_loss`, at the epochs, counted from 0 as in Keras; and of the ledger's rows
-    `training/mean/…`, `training/contribution/…`, `training/count/…` of terms and groups, `training/nonfinite/…` of
-    terms, and the same of the validation. Rows of steps are `steps/…`, at their steps. Where to is said to MLflow:
-    `mlflow.set_tracking_uri`, `mlflow.set_experiment`. A resumed run goes on in its MLflow run.
+    `training/mean/…`, `training/contribution/…`, `training/count/…` of terms and groups, `training/masked/…` and
+    `training/nonfinite/…` of terms, and the same of the validation. Rows of steps are `steps/…`, at their steps. Where
+    to is said to MLflow: `mlflow.set_tracking_uri`, `mlflow.set_experiment`. A resumed run goes on in its MLflow run.
 
     Args:
         run_name: of a new MLflow run.
