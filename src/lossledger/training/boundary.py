@@ -275,7 +275,9 @@ def seed_of(seed: Any) -> int:
     return int(seed)
 
 
-def check_compile(loss: Any, precision: Any, clip_norm: Any, ema: Any, on_nonfinite: Any, reproducible: Any) -> None:
+def check_compile(
+    loss: Any, precision: Any, clip_norm: Any, ema: Any, on_nonfinite: Any, reproducible: Any, jit: Any
+) -> None:
     """There is a loss, and the options of `compile` that are words and numbers.
 
     Raises:
@@ -288,8 +290,9 @@ def check_compile(loss: Any, precision: Any, clip_norm: Any, ema: Any, on_nonfin
             "No loss to compute. Provide a `loss` argument in `compile()`: expected a loss, received None. For "
             "example compile(loss='mse')."
         )
-    if not isinstance(reproducible, bool):
-        raise InputTypeError(f"reproducible: expected True or False, received {reproducible!r}.")
+    for name, truth in (("reproducible", reproducible), ("jit", jit)):
+        if not isinstance(truth, bool):
+            raise InputTypeError(f"{name}: expected True or False, received {truth!r}.")
     for name, word, words in (("precision", precision, PRECISIONS), ("on_nonfinite", on_nonfinite, POLICIES)):
         if not isinstance(word, str) or word not in words:
             raise UnknownNameError(name, word, words)

@@ -13,6 +13,7 @@ from lossledger.forward import Forward, Recipe
 from lossledger.training import boundary, measure, optimizers
 from lossledger.training.data import Data
 from lossledger.training.gate import Gate
+from lossledger.training.jit import Jit
 from lossledger.training.modes import evaluating
 from lossledger.training.step import StepPlan
 
@@ -28,6 +29,7 @@ class Settings:
         clip_norm: largest norm of the gradient, or `None`.
         ema: decay of averaged weights, or `None`.
         on_nonfinite: "raise", "skip" or "record".
+        jit: compile the step.
     """
 
     recipe: Recipe
@@ -36,6 +38,7 @@ class Settings:
     clip_norm: float | None
     ema: float | None
     on_nonfinite: str
+    jit: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,8 +92,13 @@ def resolved(forward: Forward, settings: Settings) -> Compiled:
         settings.autocast,
         settings.clip_norm,
         gate,
+        _jit(forward) if settings.jit else None,
     )
     return Compiled(recipe, plan, measure.plan(objective, recipe.metrics, recipe.weighted_metrics))
+
+
+def _jit(forward: Forward) -> Jit:
+    return Jit(None if type(forward) is Forward else "the model is none of torch itself")
 
 
 def built(forward: Forward, data: Data, device: torch.device) -> Data:

@@ -147,6 +147,8 @@ class Fitting:
                 callback.on_epoch_begin(epoch, {})
         steps = self.data.steps(options.batch_size) if options.steps is None else options.steps
         show.begin(self._title(epoch), boundary.updates_of(steps, options.accumulate))
+        if self.plan.jit is not None:
+            self.plan.jit.begin(self.plan, self.data, options.batch_size, options.steps)
         samples = Sampling(self.plan.objective, numbering(self.data, self.group)) if self.samples else None
         current = Pass(
             self.plan.objective,

@@ -62,6 +62,10 @@ class FusedStep:
             for prepared, grads in zip(self._prepared, gradients, strict=True):
                 kernel(prepared, grads, flag)
 
+    def forget(self) -> None:
+        """Prepare anew with the next step."""
+        self._state, self._prepared = None, []
+
     def _gradients(self) -> list[list[Tensor]] | None:
         """The gradients by group; `None` where this step is not the plain case that was prepared."""
         optimizer: Any = self._optimizer

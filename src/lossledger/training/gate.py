@@ -82,6 +82,11 @@ class Gate:
         else:
             self._fused(bad)
 
+    def forget(self) -> None:
+        """Somebody else has put other tensors into the state of the optimizer."""
+        if self._fused is not None:
+            self._fused.forget()
+
     def _step_and_restore(self, bad: Tensor) -> None:
         before = [t.detach().clone() for t in self._changing()]
         for parameter in self._parameters:

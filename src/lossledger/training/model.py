@@ -75,6 +75,7 @@ class Model(Placed):
         regularizers: Mapping[str, Any] | None = None,
         class_names: Sequence[str] | None = None,
         precision: str = "float32",
+        jit: bool = False,
         clip_norm: float | None = None,
         ema: float | None = None,
         on_nonfinite: str = "raise",
@@ -92,6 +93,7 @@ class Model(Placed):
             regularizers: by pattern of parameter names, each a term of its own.
             class_names: names of the classes, in order, for the ledger and for `class_weight`.
             precision: `"float32"`, or `"bfloat16"` for autocast in the forward pass (losses stay in float32).
+            jit: compile the whole step of `fit`, optimizer and sums included; see docs/training.md for which.
             clip_norm: largest norm of the whole gradient.
             ema: decay of an exponential moving average of the weights, for example 0.999; `fit` ends with the
                 averaged weights in place, as Keras's `use_ema` does. It starts from the weights after the first step.
@@ -104,7 +106,7 @@ class Model(Placed):
             UnknownNameError: a name that does not exist, with a suggestion.
             InputError: a value that cannot be right.
         """
-        boundary.check_compile(loss, precision, clip_norm, ema, on_nonfinite, reproducible)
+        boundary.check_compile(loss, precision, clip_norm, ema, on_nonfinite, reproducible, jit)
         self._forward.check(precision)
         names = planning.class_names(class_names)
         given = (loss, loss_weights, metrics, weighted_metrics, regularizers, names)
@@ -112,7 +114,7 @@ class Model(Placed):
         # Errors of the recipe are raised here, also where the rest waits for the first batch.
         self._forward.understood(recipe).objective()
         autocast = boundary.PRECISIONS[precision]
-        self._settings = Settings(recipe, optimizer, autocast, clip_norm, ema, on_nonfinite)
+        self._settings = Settings(recipe, optimizer, autocast, clip_norm, ema, on_nonfinite, jit)
         self._resolved = resolved(self._forward, self._settings) if self._forward.built else None
 
     @classmethod

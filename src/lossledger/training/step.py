@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from lossledger.training.waiting import Kept, Waiting
 from lossledger.values import not_finite
 from lossledger.window import NO_GRADIENT, Window, propagate, running
 
+if TYPE_CHECKING:
+    from lossledger.training.jit import Jit
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
@@ -37,6 +40,7 @@ class StepPlan:
         autocast: dtype of the forward pass, or `None`.
         clip_norm: largest norm of the gradient, or `None`.
         gate: leaves out updates that are not finite; `None` lets them through.
+        jit: compiles steps; `None` runs them as they are.
     """
 
     net: nn.Module
@@ -48,6 +52,7 @@ class StepPlan:
     autocast: torch.dtype | None
     clip_norm: float | None
     gate: Gate | None
+    jit: Jit | None = None
 
 
 Observe = Callable[[Batch, Any], None]
@@ -108,6 +113,10 @@ def train_step(
     Raises:
         InputError: nothing of the loss depends on a trainable parameter, or a loss that parts do not add up to.
     """
+    if plan.jit is not None:
+        done = plan.jit.step(plan, batches, by, checked, observe, share)
+        if done is not None:
+            return done
     if plan.gate is not None:
         plan.gate.before_forward()
     kept = None
