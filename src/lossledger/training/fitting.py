@@ -147,8 +147,6 @@ class Fitting:
                 callback.on_epoch_begin(epoch, {})
         steps = self.data.steps(options.batch_size) if options.steps is None else options.steps
         show.begin(self._title(epoch), boundary.updates_of(steps, options.accumulate))
-        if self.plan.jit is not None:
-            self.plan.jit.begin(self.plan, self.data, options.batch_size, options.steps)
         samples = Sampling(self.plan.objective, numbering(self.data, self.group)) if self.samples else None
         current = Pass(
             self.plan.objective,
@@ -176,6 +174,9 @@ class Fitting:
         else:
             save = never if backup is None else backup.is_time
             windows = turns(self.data, batches, options.accumulate, self.group, current.is_due, save)
+        if self.plan.jit is not None:
+            observed = current.observe is not None
+            self.plan.jit.begin(self.plan, self.data, options.batch_size, options.steps, observed)
         result = loop.train_epoch(self.plan, windows, self.data, options, current, self.progress.step)
         same_buffers(self.group, self.plan.net)
         for step, tallies in result.intervals:

@@ -17,8 +17,10 @@ from torch.utils import _pytree as pytree
 from lossledger.batch import Batch
 from lossledger.distributed import Share
 from lossledger.errors import InputError
+from lossledger.forward import run_forward
 from lossledger.training import updates
 from lossledger.training.data import ArrayData, Data
+from lossledger.training.gap import undisturbed
 from lossledger.training.step import Observe, StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -85,7 +87,9 @@ class Jit:
         self._pads = True
         self._observed = False
 
-    def begin(self, plan: StepPlan, data: Data | None, batch_size: int, steps: int | None) -> None:
+    def begin(
+        self, plan: StepPlan, data: Data | None, batch_size: int, steps: int | None, observed: bool = False
+    ) -> None:
         """A pass begins: what the last one knew of weights and optimizer may have changed.
 
         Args:
@@ -93,11 +97,12 @@ class Jit:
             data: of the pass; `None` for a single batch.
             batch_size: samples of a batch of arrays.
             steps: batches of the pass, if not all.
+            observed: whether the outputs of every step are asked for.
 
         Raises:
             InputError: arrays whose last batch is smaller, in a model with batch norm.
         """
-        self._bound, self._last, self._observed = None, None, False
+        self._bound, self._last, self._observed = None, None, observed
         self._pads, self._sizes = data is not None, ()
         if self._reason is None and isinstance(data, ArrayData):
             rest = data.length % batch_size
@@ -120,7 +125,8 @@ class Jit:
             InputError: a smaller batch in a model with batch norm; targets that do not fit the loss.
         """
         if self._reason is not None or len(batches) != 1 or share.group.size > 1:
-            return self._tell(self._reason or "a step of several batches or ranks is a window")
+            self._tell(self._reason or "a step of several batches or ranks is a window")
+            return None
         if self._bound is None and not self._bind(plan):
             return None
         bound, batch = self._bound, batches[0]
@@ -131,12 +137,9 @@ class Jit:
             seen: Any = (x.shape, x.stride(), x.dtype, y.shape, y.stride(), y.dtype)
         else:
             leaves, seen = _flattened(batch)
-        key = (plan.objective, by, observe is not None, seen)
+        key = (plan.objective, by, seen)
         if key != self._last:
-            self._choice = self._chosen(plan, bound, key, batch)
-            # What was observed once may not be again: the next step asks anew.
-            self._last = None if observe is not None and not self._observed else key
-        self._observed = observe is not None
+            self._choice, self._last = self._chosen(plan, bound, key, batch), key
         program = self._choice.program
         if program is None:
             return None
@@ -147,8 +150,10 @@ class Jit:
             self._write(bound, values)
         if self._choice.every is not None:
             leaves = _filled(leaves, batch, self._choice)
+        if observe is not None and not self._observed:
+            _show(plan, batch, observe)
         row, *rest = program.call(*bound.tensors, *leaves)
-        if observe is not None:
+        if observe is not None and self._observed:
             observe(batch, program.outputs(rest, batch.size))
         return StepResult(program.tallies(row), rest[0] if program.gated else None)
 
@@ -156,12 +161,8 @@ class Jit:
 
     def _chosen(self, plan: StepPlan, bound: _Bound, key: tuple[Any, ...], batch: Batch) -> _Choice:
         """How a batch runs, compiled if need be."""
-        objective, by, observed, seen = key
-        if seen is None:
+        if key[-1] is None:
             self._tell("batches hold other things than tensors")
-            return _AS_IT_IS
-        # Checks, and callbacks that look at batches here and there, are no reason to compile another program.
-        if observed and not self._observed:
             return _AS_IT_IS
         size = batch.size
         whole = max(self._sizes, default=size)
@@ -184,30 +185,28 @@ class Jit:
 
         if size is not None and batch.size < size:
             batch = program.filled(batch, size)
-        objective, by, observed, _ = key
-        made_of = (objective, by, observed, _flattened(batch)[1], size is not None, bound.kind)
+        objective, by, _ = key
+        made_of = (objective, by, self._observed, _flattened(batch)[1], size is not None, bound.kind)
         if made_of not in self._programs:
             if len(self._programs) >= MOST_PROGRAMS:
                 self._tell(f"there are programs for {MOST_PROGRAMS} kinds of batches already")
                 return None
             try:
-                found = program.made(
-                    plan, bound.layout, bound.tensors, batch, None if by is None else str(by), size is not None, observed
-                )
+                groups, padded = None if by is None else str(by), size is not None
+                found = program.made(plan, bound.layout, bound.tensors, batch, groups, padded, self._observed)
             except program.UnfitError as error:
                 found = None
-                self._tell(str(error))
+                self._tell(str(error), "batches that are smaller than others" if padded else "steps")
             self._programs[made_of] = found
         return self._programs[made_of]
 
-    def _tell(self, reason: str) -> None:
-        """Say once why a step runs as it is."""
+    def _tell(self, reason: str, what: str = "steps") -> None:
+        """Say once why steps run as they are."""
         if reason in self._told:
             return
         self._told.add(reason)
         warnings.warn(
-            f"compile(jit=True): steps run without compilation, since {reason}. Results are the same.",
-            stacklevel=2,
+            f"compile(jit=True): {what} run without compilation, since {reason}. Results are the same.", stacklevel=2
         )
 
     # --- tensors -----------------------------------------------------------------------------------------------
@@ -263,6 +262,14 @@ def _filled(leaves: list[Tensor], batch: Batch, choice: _Choice) -> list[Tensor]
     there = choice.every.clone()
     there[size:] = False
     return [*_flattened(program.filled(batch, choice.size))[0], there]
+
+
+def _show(plan: StepPlan, batch: Batch, observe: Observe) -> None:
+    """Show a batch whose outputs the program does not give: checks, and callbacks, look at few of them."""
+    device = plan.parameters[0].device
+    with undisturbed(plan.net, device), torch.no_grad():
+        outputs = run_forward(plan.forward, batch.x, plan.autocast, device.type)
+    observe(batch, outputs)
 
 
 def _check_padding(net: nn.Module, size: int, whole: int) -> None:

@@ -129,7 +129,7 @@ def train_single(plan: StepPlan, data: Data, current: Pass, watch: bool) -> Pass
     """
     device = plan.parameters[0].device
     if plan.jit is not None:
-        plan.jit.begin(plan, None, 0, None)
+        plan.jit.begin(plan, None, 0, None, current.observe is not None)
     share = own_batches(data, data.length or 1, None, current.group)
     turn = next(turns(data, share, 1, current.group, current.is_due, never))
     batches = tuple(to_device(batch, device) for batch in turn.batches)

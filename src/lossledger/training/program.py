@@ -7,6 +7,8 @@ of the optimizer, its numbers, the batch), so nothing that may change later is p
 
 from __future__ import annotations
 
+import contextlib
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -196,9 +198,10 @@ def made(
         return found
 
     inputs = [*tensors, *examples]
-    with warnings.catch_warnings(), torch.random.fork_rng(_cuda(tensors)), _attributes_kept(plan.net), torch.no_grad():
+    with warnings.catch_warnings(), torch.random.fork_rng(_cuda(tensors)), torch.no_grad():
         warnings.simplefilter("ignore")
-        graph = _traced(step, inputs)
+        with _attributes_kept(plan.net), _vectors_kept(plan.objective):
+            graph = _traced(step, inputs)
         _check_constants(graph, tensors)
         call = _compiled(graph, inputs)
     likes = {name: torch.full((1, *shape), 0.5, dtype=dtype) for name, (shape, dtype) in kept["likes"].items()}
@@ -360,38 +363,45 @@ def _compiled(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {textwrap.shorten(text[0], 200)}" if text else type(error).__name__
 
 
 def _cuda(tensors: Sequence[Tensor]) -> list[int]:
     return [t.device.index or 0 for t in tensors[:1] if t.device.type == "cuda"]
 
 
-class _attributes_kept:  # noqa: N801
-    """Puts back what a traced forward writes into attributes of its modules, and refuses a forward that does so."""
+@contextlib.contextmanager
+def _attributes_kept(net: nn.Module) -> Iterator[None]:
+    """Attributes of modules that a traced forward writes to are put back.
 
-    def __init__(self, net: nn.Module) -> None:
-        self._before = [(module, dict(vars(module))) for module in net.modules()]
+    Raises:
+        UnfitError: there are such attributes, which a program would not write to.
+    """
+    before = [(module, dict(vars(module))) for module in net.modules()]
+    written = []
+    try:
+        yield
+    finally:
+        for module, known in before:
+            now = vars(module)
+            for name in {*known, *now}:
+                if name not in known or name not in now or now[name] is not known[name]:
+                    written.append(f"the forward of {type(module).__name__} writes to its attribute {name!r}")
+            now.clear()
+            now.update(known)
+    if written:
+        raise UnfitError(min(written))
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        changed = list(self._changed())
-        for module, name, before in changed:
-            if name in before:
-                vars(module)[name] = before[name]
-            else:
-                vars(module).pop(name, None)
-        if changed and kind is None:
-            module, name, _ = changed[0]
-            raise UnfitError(f"the forward of {type(module).__name__} writes to its attribute {name!r} in every step")
-
-    def _changed(self) -> Iterator[tuple[nn.Module, str, dict[str, Any]]]:
-        for module, before in self._before:
-            for name in {**before, **vars(module)}:
-                if name not in before or name not in vars(module) or vars(module)[name] is not before[name]:
-                    yield module, name, before
+@contextlib.contextmanager
+def _vectors_kept(objective: Objective) -> Iterator[None]:
+    """Class weights that the objective makes while it is traced are no numbers, and must not be found later."""
+    before = dict(objective._vectors)
+    try:
+        yield
+    finally:
+        objective._vectors.clear()
+        objective._vectors.update(before)
 
 
 def filled(batch: Batch, size: int) -> Batch:

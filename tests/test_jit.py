@@ -1,0 +1,217 @@
+"""`compile(jit=True)`: the compiled step gives what the plain step gives, or says why it is not compiled."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lossledger as ll
+from lossledger.errors import InputError, InputTypeError, NonFiniteError
+from lossledger.training.updates import supported
+
+L, O = ll.losses, torch.optim
+N, SIZE = 52, 16
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+X, REAL = drawn(N, 3), drawn(N, 3, seed=1)
+SOME = (drawn(N, 3, seed=2) < 0).float()
+LABELS = drawn(N, 3, seed=3).argmax(1)
+WEIGHT, MASK = drawn(N, seed=4).abs(), drawn(N, 3, seed=5) < 0.6
+
+
+def network(outputs=3, inside=nn.Tanh):
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(3, 5), inside(), nn.Linear(5, outputs))
+
+
+def fitted(jit, net, x, y, compiled=None, samples=N, **options):
+    """A model trained for two epochs, with what it said."""
+    model = ll.Model(copy.deepcopy(net))
+    model.compile(jit=jit, **{"optimizer": lambda p: O.Adam(p, 0.01), **(compiled or {})})
+
+    def cut(value):
+        if isinstance(value, dict):
+            return {name: cut(part) for name, part in value.items()}
+        return value[:samples] if isinstance(value, torch.Tensor) else value
+
+    torch.manual_seed(11)
+    options = {"batch_size": SIZE, "epochs": 2, "seed": 0, "verbose": 0} | options
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        history = model.fit(cut(x), cut(y), **{name: cut(value) for name, value in options.items()})
+    return model, history, [str(warning.message) for warning in said]
+
+
+def programs(model):
+    return [found for found in model._compiled().plan.jit._programs.values() if found is not None]
+
+
+def close(a, b, tolerance=1e-5):
+    return torch.allclose(torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=tolerance, atol=tolerance)
+
+
+def check_same(plain, compiled, tolerance=1e-5):
+    """Weights, buffers, state of the optimizer, history and every row of the ledger."""
+    (model, history, _), (other, found, _) = plain, compiled
+    for (name, a), b in zip(model.net.state_dict().items(), other.net.state_dict().values(), strict=True):
+        assert close(a, b, tolerance), name
+    for p, q in zip(model.net.parameters(), other.net.parameters(), strict=True):
+        mine, theirs = model.optimizer.state.get(p, {}), other.optimizer.state.get(q, {})
+        assert list(mine) == list(theirs)
+        for name, value in mine.items():
+            assert value is theirs[name] is None or close(value, theirs[name], tolerance), name
+    assert list(history.history) == list(found.history)
+    for name, values in history.history.items():
+        assert close(values, found.history[name], tolerance), name
+    rows, others = history.ledger.rows, found.ledger.rows
+    assert len(rows) == len(others) and found.ledger.balance() == []
+    for a, b in zip(rows, others, strict=True):
+        assert (a.term, a.kind, a.group, a.presence, a.count, a.nonfinite) == (
+            (b.term, b.kind, b.group, b.presence, b.count, b.nonfinite)
+        )
+        assert close([a.total, a.weight, a.divisor, a.contribution], [b.total, b.weight, b.divisor, b.contribution])
+
+
+def both(net, x, y, compiled=None, programs_made=1, tolerance=1e-5, **options):
+    plain, jitted = (fitted(jit, net, x, y, compiled, **options) for jit in (False, True))
+    assert len(programs(jitted[0])) == programs_made and jitted[2] == plain[2]
+    check_same(plain, jitted, tolerance)
+    return jitted
+
+
+def test_the_compiled_step_is_the_plain_one():
+    # Weights, mask, a last batch that is filled up, clipping, a penalty, an average, metrics, samples, rows of steps, a
+    # rate that changes, and a step that is left out: one program.
+    x = X.clone()
+    x[3, 0] = float("nan")
+    model, history, _ = both(
+        network(),
+        x,
+        SOME,
+        {
+            "loss": L.BinaryCrossentropy(from_logits=True),
+            "clip_norm": 0.1,
+            "regularizers": {"*.weight": "l2"},
+            "ema": 0.9,
+            "metrics": ["binary_accuracy"],
+            "on_nonfinite": "skip",
+        },
+        sample_weight=WEIGHT,
+        mask=MASK,
+        samples=N,
+        ledger_steps=2,
+        callbacks=[ll.callbacks.LearningRateScheduler(lambda epoch: 0.01 / (epoch + 1))],
+    )
+    assert history.ledger.rows[0].nonfinite > 0
+    assert model.optimizer.param_groups[0]["lr"] == 0.005
+    # A second call goes on with the same program.
+    before = copy.deepcopy(model.net.state_dict())
+    model.fit(X, SOME, sample_weight=WEIGHT, mask=MASK, batch_size=SIZE, verbose=0)
+    assert len(programs(model)) == 1
+    assert not any(close(a, b) for a, b in zip(before.values(), model.net.state_dict().values(), strict=True))
+
+
+def test_what_is_not_finite_is_raised_before_it_reaches_the_weights():
+    messages, weights = [], []
+    x = X[:48].clone()
+    x[40] = float("inf")
+    for jit in (False, True):
+        model = ll.Model(network())
+        model.compile("sgd", "mse", jit=jit)
+        with pytest.raises(NonFiniteError) as error:
+            model.fit(x, REAL[:48], batch_size=SIZE, shuffle=False, verbose=0, checks="off")
+        messages.append(str(error.value))
+        weights.append(model.net.state_dict())
+        assert not jit or len(programs(model)) == 1
+    assert messages[0] == messages[1]
+    assert all(close(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+
+
+REFUSED = {
+    "RMSprop is none of the optimizers": ({"optimizer": "rmsprop"}, {}),
+    "reproducible totals": ({"reproducible": True}, {}),
+    "a step of several batches": ({}, {"accumulate": 2}),
+    "tensors as rates": ({"optimizer": lambda p: O.Adam(p, torch.tensor(0.01))}, {}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_not_compiled_runs_as_it_is_and_says_so_once(reason):
+    compiled, options = REFUSED[reason]
+    plain, jitted = (fitted(jit, network(), X, REAL, {"loss": "mse", **compiled}, **options) for jit in (False, True))
+    check_same(plain, jitted)
+    assert [reason in text for text in jitted[2]] == [True] and programs(jitted[0]) == []
+
+
+class Remembering(nn.Linear):
+    """Writes to itself in every forward."""
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+class Branching(nn.Linear):
+    """Looks at values."""
+
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+@pytest.mark.parametrize(
+    ("net", "reason"),
+    [(Remembering, "Remembering writes to its attribute 'last'"), (Branching, "the step cannot be traced")],
+)
+def test_a_model_that_cannot_be_traced_runs_as_it_is(net, reason):
+    made = net(3, 3)
+    plain, jitted = (fitted(jit, made, X, REAL, {"loss": "mse"}, samples=48) for jit in (False, True))
+    check_same(plain, jitted)
+    assert [reason in text for text in jitted[2]] == [True] and programs(jitted[0]) == []
+    assert type(getattr(jitted[0].net, "last", X)) is torch.Tensor
+
+
+def test_without_a_compiler_steps_run_as_they_are(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
+    monkeypatch.setattr(config, "fx_graph_cache", False)
+    # A program of its own, which no cache of an earlier run holds compiled.
+    net, x, y = nn.Linear(19, 1), drawn(N, 19), drawn(N, 1)
+    plain, jitted = (fitted(jit, net, x, y, {"loss": "mse"}, samples=48) for jit in (False, True))
+    check_same(plain, jitted)
+    assert ["no C++ compiler was found" in text for text in jitted[2]] == [True] and programs(jitted[0]) == []
+
+
+def test_batch_norm_refuses_a_smaller_last_batch():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model = ll.Model(net)
+    model.compile("sgd", "mse", jit=True)
+    with pytest.raises(InputError, match=r"'1' normalizes .* batch of 4 cannot be filled up to the 16 .* jit=False"):
+        model.fit(X, REAL, batch_size=SIZE, verbose=0)
+    net[1].eval()
+    model._compiled().plan.jit.begin(model._compiled().plan, ll.training.data.array_data(X, REAL), SIZE, None)
+    net[1].train()
+    # Steps that never come to the smaller batch.
+    model._compiled().plan.jit.begin(model._compiled().plan, ll.training.data.array_data(X, REAL), SIZE, 3)
+
+
+def test_jit_is_a_truth_value():
+    with pytest.raises(InputTypeError, match="jit: expected True or False"):
+        ll.Model(network()).compile(loss="mse", jit="yes")
+
+
+def test_the_documented_optimizers_are_those_that_are_compiled():
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    section = page[page.index("## Compiled steps") :]
+    assert all(f"`{name}`" in section for name in supported())
