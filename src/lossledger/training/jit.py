@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.utils import _pytree as pytree
 
@@ -78,7 +77,7 @@ class Jit:
         self._told: set[str] = set()
         self._programs: dict[tuple[Any, ...], Program | None] = {}
         self._bound: _Bound | None = None
-        self._read: Callable[[dict[str, Any]], tuple[Any, ...]] = dict
+        self._read: Callable[[dict[str, Any]], tuple[Any, ...]] = operator.itemgetter("lr")
         self._written: list[tuple[Any, ...]] | None = None
         self._counts: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._last: tuple[Any, ...] | None = None
@@ -315,7 +314,9 @@ def _unfit(plan: StepPlan) -> str | None:
     return None
 
 
-def _tensors(plan: StepPlan, packed: dict[int, tuple[Tensor, list[Tensor]]]) -> tuple[Layout, list[Tensor], bool] | None:
+def _tensors(
+    plan: StepPlan, packed: dict[int, tuple[Tensor, list[Tensor]]]
+) -> tuple[Layout, list[Tensor], bool] | None:
     """What a step changes, in one list, and whether counts of steps were put into new tensors.
 
     Counts of steps become parts of one tensor a group, since a program would need an operation for each otherwise.

@@ -1,8 +1,8 @@
 """A training step as one compiled program: traced once from the code of the plain step, then without Python in it.
 
 Tracing runs the plain step on tensors without data and writes down the operations: forward, tallies and gradients in
-closed form, backward, gate and update. What the step reads or changes are inputs of the program (weights, buffers, state
-of the optimizer, its numbers, the batch), so nothing that may change later is part of it.
+closed form, backward, gate and update. What the step reads or changes are inputs of the program (weights, buffers, the
+batch, state and numbers of the optimizer), so nothing that may change later is part of it.
 """
 
 from __future__ import annotations
@@ -168,7 +168,9 @@ def made(
     leaves, structure = pytree.tree_flatten((batch.x, batch.y, batch.sample_weight, batch.mask))
     places = [i for i, leaf in enumerate(leaves) if leaf is not None]
     # Tensors of their own: two inputs that happen to be one now may be two later.
-    examples = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in leaves if t is not None]
+    examples = [
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in leaves if t is not None
+    ]
     if padded:
         examples.append(torch.ones(batch.size, dtype=torch.bool, device=examples[0].device))
     kept: dict[str, Any] = {}
@@ -187,7 +189,8 @@ def made(
         if padded and auxiliary:
             raise UnfitError("auxiliary losses would count the samples that fill up a smaller batch")
         kept["likes"] = {
-            name: (tuple(output.shape[1:]), output.dtype) for name, output in plan.objective.split(alone, "y_pred").items()
+            name: (tuple(output.shape[1:]), output.dtype)
+            for name, output in plan.objective.split(alone, "y_pred").items()
         }
         found = [done.row] if done.bad is None else [done.row, done.bad]
         if outputs:
@@ -354,11 +357,13 @@ def _compiled(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...
         from torch._inductor.compile_fx import compile_fx
 
         # Dropout and the like draw from torch's own generator, as in the plain step.
-        return compile_fx(graph, inputs, config_patches={"fallback_random": True})  # type: ignore[no-any-return]
+        made: Any = compile_fx(graph, inputs, config_patches={"fallback_random": True})
     except Exception as error:
         compiler = "Compiler" in type(error).__name__ or "compiler" in str(error).lower()
         what = "no C++ compiler was found; install g++ or name one in CXX" if compiler else "torch cannot compile it"
         raise UnfitError(f"{what} ({_first_line(error)})") from error
+    call: Callable[..., Sequence[Tensor]] = made
+    return call
 
 
 def _first_line(error: Exception) -> str:

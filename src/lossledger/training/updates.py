@@ -1,7 +1,7 @@
 """The updates of torch's optimizers as operations on tensors alone, for a step that is compiled as a whole.
 
-The formulas are those of torch.optim, and so is the state: what an optimizer of torch keeps is updated in place. Numbers
-that a schedule may change (rates, momenta) come as a tensor, so that they are no part of a compiled program.
+The formulas are those of torch.optim, and so is the state: what an optimizer of torch keeps is updated in place.
+Numbers that a schedule may change (rates, momenta) come as a tensor, so that they are no part of a compiled program.
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ def update(
         target.copy_(new if bad is None else torch.where(bad, old, new))
 
 
-def _sgd(
-    rule: Rule, now: Tensor, slope: Tensor, state: list[Tensor], numbers: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+def _sgd(rule: Rule, now: Tensor, slope: Tensor, state: list[Tensor], numbers: Tensor) -> tuple[Tensor, list[Tensor]]:
     rate, momentum, dampening, decay = numbers.unbind()
     if rule.decays:
         slope = slope + decay.to(now.dtype) * now
