@@ -61,8 +61,7 @@ def overlap(name, axis):
 def grouped(row):
     """The row of an overlap loss with its policies, whose suite of its own is `test_overlap_laws.py`."""
     kinds = ("class", "sample") if "class" in row.grouping or row.ratio else ("sample",)
-    closed = row.name.startswith(tuple(OVERLAPS))
-    return Declaration(row.name, row.make, inputs.binary_probabilities, None, closed, kinds, whole=row.value)
+    return Declaration(row.name, row.make, inputs.binary_probabilities, None, kinds=kinds, whole=row.value)
 
 
 COUPLED = [

@@ -91,6 +91,32 @@ def test_gradient(row):
         assert not torch.as_tensor(tally.numerator).requires_grad
 
 
+def small_objects(seed):
+    """Objects of 4 pixels in pictures of 400, hardly found: nearly all of the divisor is wrong. Exact in float32."""
+    rng = np.random.default_rng(seed)
+    y = np.zeros((6, 400, 3), dtype=np.float32)
+    y[:, :4] = 1
+    return y, rng.normal(0, 1, y.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+def test_float32_gradient_of_small_objects(row):
+    """What all pixels of a kind are pulled by is off by rounding alone: it is multiplied by the size of the picture."""
+    loss = row.make(from_logits="sigmoid")
+    y, z = small_objects(15)
+    exact = loss.backprop(tensor(y).double(), tensor(z).double())[1]
+    leaf = tensor(z).requires_grad_()
+    value = loss(tensor(y), leaf)
+    value.backward()
+    tally, closed = loss.backprop(tensor(y), tensor(z))
+    assert value.dtype == closed.dtype == torch.float32
+    assert abs(float(value.detach()) - float(tally.value)) <= 1e-7 * abs(float(value.detach()))
+    for gradient in (closed, leaf.grad):
+        for kind in (y == 0, y == 1):
+            off = (gradient.double() - exact)[torch.as_tensor(kind)].sum()
+            assert float(off.abs()) <= 5e-7 * float(exact[torch.as_tensor(kind)].abs().sum())
+
+
 @given(st.sampled_from(ROWS), seeds, st.booleans(), st.booleans())
 def test_unequal_parts_add_up(row, seed, class_weights, by_entry):
     """Parts of 1, 2 and 3 samples, whose classes are absent from some: one value, one gradient, one set of groups."""

@@ -12,7 +12,6 @@ from lossledger.losses.aligned import Aligned
 from lossledger.losses.links import GeneralizedLink
 from lossledger.losses.ratio import EPSILON, Overlap, Policies
 from lossledger.reduction import Reduction
-from lossledger.tally import Link
 from lossledger.weighting import Weighting
 
 POWERS = {"square": 2, "simple": 1, "uniform": 0}
@@ -74,11 +73,7 @@ class GeneralizedDice(Overlap):
         self.weights = weights
 
     @property
-    def _link(self) -> Link:
-        return self._generalized
-
-    @property
-    def _generalized(self) -> GeneralizedLink:
+    def _link(self) -> GeneralizedLink:
         return GeneralizedLink(POWERS[self.weights], self.smooth, self._cell_link.shift)
 
     @property
@@ -102,13 +97,17 @@ class GeneralizedDice(Overlap):
         mask = weights.mask.any(-1, keepdim=True)
         return replace(cells, weighting=Weighting(weights.shape, mask, weights.weight))
 
-    def _losses(self, batch: Aligned, numerator: Tensor, divisor: Tensor) -> Tensor:
+    def _facts(self, batch: Aligned) -> tuple[Tensor, ...]:
         kept = self._kept(len(batch.weighting.shape))
-        used = self._counts(batch, kept) > 0
-        shares: Tensor = self._generalized.losses(numerator, divisor, self._volumes(batch, kept).detach(), used)
+        return self._volumes(batch, kept).detach().double(), self._counts(batch, kept) > 0
+
+    def _losses(self, batch: Aligned, numerator: Tensor, divisor: Tensor, facts: tuple[Tensor, ...]) -> Tensor:
         # The mean over the class axis makes of them their sum.
-        return shares * shares.shape[-1]
+        return super()._losses(batch, numerator, divisor, facts) * numerator.shape[-1]
+
+    def _cell_weight(self, cells: Aligned, ones: Tensor) -> Tensor:
+        return super()._cell_weight(cells, ones) * ones.shape[-1]
 
     def _entries(self, batch: Aligned) -> Tensor:
         elements, product = self._elements(batch), self._as_cells(batch).weighting.product
-        return (elements if product is None else elements * product).mean(-1)
+        return (elements if product is None else elements * product).mean(-1).to(batch.prediction.raw.dtype)

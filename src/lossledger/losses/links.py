@@ -6,14 +6,25 @@ are torch tensors in a step and NumPy arrays at a log point: links use what both
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from lossledger.tally import Number, divide
 
-Curve = Callable[[Number], Number]
+
+class Curve(Protocol):
+    """A function of the loss of each cell."""
+
+    def __call__(self, losses: Number) -> Number:
+        """Its values."""
+        ...
+
+    def slope(self, losses: Tensor) -> Tensor:
+        """Its derivative."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +52,14 @@ class Power:
         kept = ((losses * 0 + 1).cumsum(-1)) <= self.first
         return losses * kept + raised * (kept == 0)
 
+    def slope(self, losses: Tensor) -> Tensor:
+        """The derivative at each loss."""
+        positive = losses > 0
+        slope = self.exponent * losses.where(positive, 1.0) ** (self.exponent - 1) * positive
+        if self.first:
+            slope[..., : self.first] = 1.0
+        return slope
+
 
 @dataclass(frozen=True, slots=True)
 class LogCosh:
@@ -57,6 +76,10 @@ class LogCosh:
         if hasattr(half, "sinh"):
             return (2 * half.sinh() ** 2).log1p()
         return np.log1p(2 * np.sinh(half) ** 2)
+
+    def slope(self, losses: Tensor) -> Tensor:
+        """The derivative at each loss."""
+        return losses.tanh()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +98,39 @@ class CellLink:
     absent: str = "keep"
     mean: bool = True
 
-    def losses(self, numerator: Number, divisor: Number) -> Number:
-        """The loss of each cell, without class weights and whatever its target."""
+    def losses(self, numerator: Number, divisor: Number, present: Number | None = None) -> Number:
+        """The loss of each cell, without class weights; `present` is where there is a target, if that matters."""
         losses = divide(numerator + self.shift, divisor)
-        return losses if self.curve is None else self.curve(losses)
+        losses = losses if self.curve is None else self.curve(losses)
+        return losses if present is None else losses * present
+
+    def slopes(
+        self, numerator: Tensor, divisor: Tensor, outer: Tensor, present: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The derivative of `Σ outer · losses` with respect to numerators and divisors."""
+        losses = divide(numerator + self.shift, divisor)
+        factor = divide(outer if present is None else outer * present, divisor)
+        if self.curve is not None:
+            factor = factor * self.curve.slope(losses)
+        return factor, -factor * losses
 
     def __call__(self, numerator: Number, divisor: Number, statistics: Number) -> Number:
         """The share of each cell in the loss; statistics are counts, counts × class weights, and targets."""
+        return self.losses(numerator, divisor) * self._weights(statistics)
+
+    def gradient(self, numerator: Tensor, divisor: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """The derivative of the sum of the shares with respect to numerators and divisors."""
+        return self.slopes(numerator, divisor, self._weights(statistics))
+
+    def _weights(self, statistics: Number) -> Number:
+        """What multiplies the loss of each cell."""
         count, weighted, target = statistics
-        losses = self.losses(numerator, divisor) * divide(weighted, count)
+        weights = divide(weighted, count)
         if self.absent == "keep":
-            return losses
+            return weights
         present = target > 0
-        losses = losses * present
-        return divide(losses, present.sum()) if self.absent == "skip" and self.mean else losses
+        weights = weights * present
+        return divide(weights, present.sum()) if self.absent == "skip" and self.mean else weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +149,33 @@ class GeneralizedLink:
 
     def losses(self, numerator: Number, divisor: Number, target: Number, used: Number) -> Number:
         """The share of each class (last axis) in the loss; `used` is where a class has elements."""
+        weight, shift = self._weights(target, used)
+        return (weight * numerator + shift) / ((weight * divisor).sum(axis=-1, keepdims=True) + self.smooth)
+
+    def _weights(self, target: Number, used: Number) -> tuple[Number, Number]:
+        """What multiplies the sums of each class, and what is added to its numerator."""
         # In the dtype of the sums: a bool times a constant would be rounded to the default one.
         used = used * (target * 0 + 1)
         weight = divide(used, target**self.power)
         largest = getattr(weight, "amax", weight.max)(axis=-1, keepdims=True)
-        weight = weight + (weight == 0) * largest
-        shift = divide(self.shift * used, used.sum(axis=-1, keepdims=True))
-        return (weight * numerator + shift) / ((weight * divisor).sum(axis=-1, keepdims=True) + self.smooth)
+        return weight + (weight == 0) * largest, divide(self.shift * used, used.sum(axis=-1, keepdims=True))
+
+    def slopes(
+        self, numerator: Tensor, divisor: Tensor, outer: Tensor, target: Tensor, used: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The derivative of `Σ outer · losses` with respect to numerators and divisors."""
+        weight, shift = self._weights(target, used)
+        whole = (weight * divisor).sum(-1, keepdim=True) + self.smooth
+        factor = weight / whole
+        joint = (outer * (weight * numerator + shift)).sum(-1, keepdim=True)
+        return outer * factor, -factor * joint / whole
 
     def __call__(self, numerator: Number, divisor: Number, statistics: Number) -> Number:
         """The share of each class in the loss; statistics as for `CellLink`."""
         count, weighted, target = statistics
         return self.losses(numerator, divisor, target, count > 0) * divide(weighted, count)
+
+    def gradient(self, numerator: Tensor, divisor: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """The derivative of the sum of the shares with respect to numerators and divisors."""
+        count, weighted, target = statistics
+        return self.slopes(numerator, divisor, divide(weighted, count), target, count > 0)

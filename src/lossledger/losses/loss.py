@@ -114,9 +114,8 @@ class Loss:
         if self.reduction is reductions.NONE:
             result = self._entries(batch)
         else:
-            tally = self.tally_aligned(batch)
-            # A divisor in float64 must not change the dtype of the loss.
-            result = tally.value.to(tally.numerator.dtype)
+            # Sums in float64 must not change the dtype of the loss.
+            result = self.tally_aligned(batch).value.to(batch.prediction.raw.dtype)
         return result if self.dtype is None else result.to(self.dtype)
 
     def tally(

@@ -8,6 +8,9 @@ and the loss `1 − (κ·TP + s_n) / (D + s_d) = (N + s_d − s_n) / (D + s_d)`,
 is (κ, α, β) = (2, 1, 1), because Σy + Σp = 2·TP + FP + FN; Jaccard is (1, 1, 1); Tversky (1, α, β). With squares in
 the divisor FP is `Σ p² − y·p` and FN is `Σ y² − y·p`: for Dice, D = Σy² + Σp² and N = Σ(y − p)².
 
+TP and N are summed in the dtype of the output and joined in float64: the gradient needs D − N, of which float32 would
+leave little where hardly anything was found.
+
 When the reduced axes include the batch the loss is a *ratio*: its statistics add over micro-batches and ranks, the
 loss itself does not. When they do not, each sample (and kept column) has a loss of its own and their mean is *linear*.
 """
@@ -25,7 +28,7 @@ from lossledger import reduction as reductions
 from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
 from lossledger.losses.elementwise import ElementLoss
-from lossledger.losses.links import CellLink, Curve
+from lossledger.losses.links import CellLink, Curve, GeneralizedLink
 from lossledger.losses.loss import By
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
@@ -107,7 +110,7 @@ class Overlap(ElementLoss):
         return None
 
     @property
-    def _link(self) -> Link:
+    def _link(self) -> CellLink | GeneralizedLink:
         """From the sums of the cells to their losses."""
         return self._cell_link
 
@@ -222,21 +225,22 @@ class Overlap(ElementLoss):
         return batch.column_weight.expand(*(shape[a] for a in kept))
 
     def _terms(self, batch: Aligned) -> tuple[Tensor, Tensor]:
-        """The addends of numerator and divisor, before weights."""
-        kappa, alpha, beta = self._coefficients
+        """The addends of N and TP, before weights."""
+        _, alpha, beta = self._coefficients
         p, y = self._probability(batch.prediction), batch.y_true
         overlap = y * p
         if self.squared:
             p, y = p * p, y * y
-        wrong = alpha * (p - overlap) + beta * (y - overlap)
-        return wrong, kappa * overlap + wrong
+        return alpha * (p - overlap) + beta * (y - overlap), overlap
 
     def _statistics(self, batch: Aligned, keep: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Numerator and divisor summed over all axes but `keep`, in the order of the axes."""
+        """Numerator and divisor summed over all axes but `keep`, in the order of the axes, in float64."""
         inside = self._inside(batch)
         axes = tuple(a for a in range(len(batch.weighting.shape)) if a not in keep)
         sums = [t if inside is None else t * inside for t in self._terms(batch)]
-        return (sums[0].sum(axes), sums[1].sum(axes)) if axes else (sums[0], sums[1])
+        # Widened after the sum: `sum(dtype=)` would make a wide copy of every addend.
+        wrong, overlap = ((t.sum(axes) if axes else t).double() for t in sums)
+        return wrong, self._coefficients[0] * overlap + wrong
 
     def _volumes(self, batch: Aligned, keep: tuple[int, ...]) -> Tensor:
         """Σ y over all axes but `keep`: what makes a class present."""
@@ -381,16 +385,21 @@ class Overlap(ElementLoss):
         # A cell is an entry: the class axis that was kept is one of the axes of the entries, as in Keras.
         return 1
 
-    def _losses(self, batch: Aligned, numerator: Tensor, divisor: Tensor) -> Tensor:
+    def _facts(self, batch: Aligned) -> tuple[Tensor, ...]:
+        """What the link knows of the cells beside their sums: those with a target, where that matters."""
+        if self.absent == "keep":
+            return ()
+        return (self._volumes(batch, self._kept(len(batch.weighting.shape))) > 0,)
+
+    def _losses(self, batch: Aligned, numerator: Tensor, divisor: Tensor, facts: tuple[Tensor, ...]) -> Tensor:
         """The loss of each cell, with a class axis at the end."""
         rank = len(batch.weighting.shape)
-        cells: Tensor = self._cell_link.losses(numerator, divisor + self.smooth)
-        if self.absent != "keep":
-            cells = cells * (self._volumes(batch, self._kept(rank)) > 0)
+        cells: Tensor = self._link.losses(numerator, divisor + self._offset, *facts)
         return cells if rank - 1 not in self._reduced(rank) else cells.unsqueeze(-1)
 
     def _elements(self, batch: Aligned) -> Tensor:
-        return self._losses(batch, *self._statistics(batch, self._kept(len(batch.weighting.shape))))
+        sums = self._statistics(batch, self._kept(len(batch.weighting.shape)))
+        return self._losses(batch, *sums, self._facts(batch))
 
     def _entries(self, batch: Aligned) -> Tensor:
         rank = len(batch.weighting.shape)
@@ -398,6 +407,7 @@ class Overlap(ElementLoss):
         if not self.is_ratio(rank):
             product = self._as_cells(batch).weighting.product
             cells = cells if product is None else cells * product
+        cells = cells.to(batch.prediction.raw.dtype)
         return cells if rank - 1 not in self._reduced(rank) else cells.squeeze(-1)
 
     def _groups(self, batch: Aligned, weighted: Tensor, total: Tensor, weights: Weighting, by: By) -> Groups:
@@ -413,9 +423,10 @@ class Overlap(ElementLoss):
         shape = batch.weighting.shape
         kept = self._kept(len(shape))
         factors = self._ratio_factors if self.is_ratio(len(shape)) else self._cell_factors
-        tally, factor_n, factor_d = factors(batch, window, factor, by)
-        cells = tuple(length if axis in kept else 1 for axis, length in enumerate(shape))
-        return tally, self._pull_back(batch, factor_n.reshape(cells), factor_d.reshape(cells))
+        with torch.no_grad():
+            tally, factor_n, factor_d = factors(batch, window, factor, by)
+            cells = tuple(length if axis in kept else 1 for axis, length in enumerate(shape))
+            return tally, self._pull_back(batch, factor_n.reshape(cells), factor_d.reshape(cells))
 
     def _ratio_factors(
         self, batch: Aligned, window: Tally | None, factor: float, by: By
@@ -423,14 +434,11 @@ class Overlap(ElementLoss):
         """The tally of a ratio, and the factors on ∂N and ∂D of each cell."""
         tally = self.tally_aligned(batch, by)
         whole = tally if window is None else window
-        if tally.link is not None:
-            with torch.enable_grad():
-                sums = tuple(s.detach().requires_grad_() for s in (whole.numerator, whole.divisor))
-                value = replace(whole, numerator=sums[0], divisor=sums[1]).value
-                factor_n, factor_d = torch.autograd.grad(value, sums)
-            return tally, factor * factor_n, factor * factor_d
-        divisor = whole.divisor + whole.offset
-        factor_n = factor * tally.coefficient * divide(torch.ones_like(divisor), divisor)
+        divisor, outer = whole.divisor + whole.offset, factor * tally.coefficient
+        if not self._plain:
+            factor_n, factor_d = self._link.gradient(whole.numerator, divisor, whole.statistics)
+            return tally, outer * factor_n, outer * factor_d
+        factor_n = outer * divide(torch.ones_like(divisor), divisor)
         factor_d = -factor_n * divide(whole.numerator, divisor)
         # The numerator of the tally already holds the class weights; its derivative takes them here.
         scale = self._column_scale(batch)
@@ -440,25 +448,34 @@ class Overlap(ElementLoss):
         self, batch: Aligned, window: Tally | None, factor: float, by: By
     ) -> tuple[Tally, Tensor, Tensor]:
         """The tally of cells with a loss each, and the factors on ∂N and ∂D of each cell."""
-        sums = tuple(s.detach() for s in self._statistics(batch, self._kept(len(batch.weighting.shape))))
-        cells = self._as_cells(batch)
-        with torch.enable_grad():
-            # Few numbers, one or two a cell: autograd takes the curve, and the pixels keep their closed form.
-            leaves = tuple(s.requires_grad_() for s in sums)
-            tally = self._tally_elements(cells, self._losses(batch, *leaves), by)
-            whole = tally if window is None else window
-            scale = factor * reciprocal(whole.divisor + whole.offset, tally.numerator.dtype)
-            factor_n, factor_d = torch.autograd.grad(tally.numerator * scale, leaves)
-        return replace(tally, numerator=tally.numerator.detach()), factor_n, factor_d
+        rank = len(batch.weighting.shape)
+        numerator, divisor = self._statistics(batch, self._kept(rank))
+        cells, facts = self._as_cells(batch), self._facts(batch)
+        tally = self._tally_elements(cells, self._losses(batch, numerator, divisor, facts), by)
+        whole = tally if window is None else window
+        outer = self._cell_weight(cells, torch.ones_like(divisor))
+        outer = outer * (factor * reciprocal(whole.divisor + whole.offset, divisor.dtype))
+        return tally, *self._link.slopes(numerator, divisor + self._offset, outer, *facts)
+
+    def _cell_weight(self, cells: Aligned, ones: Tensor) -> Tensor:
+        """What multiplies the loss of each cell in the numerator of the tally, in the shape and dtype of `ones`."""
+        weight, rank = self._entry_weight(cells), cells.prediction.raw.ndim
+        if weight is None:
+            return ones
+        return ones * (weight.squeeze(-1) if rank - 1 in self._reduced(rank) else weight)
 
     def _pull_back(self, batch: Aligned, factor_n: Tensor, factor_d: Tensor) -> Tensor:
         """From factors on numerator and divisor to the gradient with respect to the output."""
         kappa, alpha, beta = self._coefficients
         y = batch.y_true
-        # ∂N/∂p = α(1 − y) − βy and ∂D/∂p = ∂N/∂p + κy; the square of p has the slope 2p in place of 1.
-        slope = 2 * self._probability(batch.prediction) if self.squared else 1.0
-        wrong = alpha * slope - (alpha + beta) * y
-        gradient = wrong * (factor_n + factor_d) + (kappa * factor_d) * y
+        # ∂N/∂p = α(1 − y) − βy and ∂D/∂p = ∂N/∂p + κy. Their factors are joined while they are in float64.
+        both = factor_n + factor_d
+        blank, full = (alpha * both).to(y.dtype), (kappa * factor_d - beta * both).to(y.dtype)
+        if self.squared:
+            # The square of p has the slope 2p in place of 1.
+            gradient = 2 * blank * self._probability(batch.prediction) + (full - blank) * y
+        else:
+            gradient = torch.lerp(blank, full, y)
         inside = self._inside(batch)
         if inside is not None:
             gradient = gradient * inside

@@ -31,11 +31,18 @@ class Term:
     tally: Tally
     _loss: Loss | None = None
     _batch: Aligned | None = None
+    _dtype: torch.dtype | None = None
 
     @property
     def value(self) -> Tensor:
         """The value of the loss, detached."""
-        return torch.as_tensor(self.tally.value).detach()
+        return self._total.detach()
+
+    @property
+    def _total(self) -> Tensor:
+        """The value in the dtype of the arithmetic: sums may be wider."""
+        value = torch.as_tensor(self.tally.value)
+        return value if self._dtype is None else value.to(self._dtype)
 
     @property
     def contribution(self) -> Tensor:
@@ -91,7 +98,7 @@ class Breakdown:
     @classmethod
     def of(cls, terms: dict[str, Term]) -> Breakdown:
         """The sum of the terms, from left to right."""
-        contributions = [term.weight * torch.as_tensor(term.tally.value) for term in terms.values()]
+        contributions = [term.weight * term._total for term in terms.values()]
         total = contributions[0]
         for contribution in contributions[1:]:
             total = total + contribution

@@ -109,7 +109,9 @@ class Objective:
         terms: dict[str, Term] = {}
         for plan, batch in zip(self.terms, batches, strict=True):
             tally = plan.loss.tally_aligned(batch)
-            terms[plan.name] = Term(plan.name, "data", plan.coefficient, tally, plan.loss, batch)
+            terms[plan.name] = Term(
+                plan.name, "data", plan.coefficient, tally, plan.loss, batch, batch.prediction.raw.dtype
+            )
         for penalty in self.bound(model):
             terms[penalty.name] = Term(penalty.name, "regularizer", 1.0, penalty.tally())
         for name, value in auxiliary.items():

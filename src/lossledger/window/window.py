@@ -14,6 +14,7 @@ Targets of other lengths than those of the first micro-batch do not show the sha
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -126,6 +127,7 @@ class Window:
         self._masked = False
         self._like: Any = None
         self._position, self._waiting, self._done = 0, False, False
+        self._dtype: torch.dtype | None = None
         self._added: dict[str, Tensor] = {}
         self._replay = Replay(model)
         self._gradients = Gradients(model)
@@ -255,6 +257,7 @@ class Window:
         penalties = self._penalties if self._position == 0 and not self._ranks else ()
         if not propagate(found, penalties):
             raise InputError(NO_GRADIENT)
+        self._dtype = functools.reduce(torch.promote_types, (g.dtype for g in found.gradients), torch.float32)
         self.tallies = merged([self.tallies, numbered(found.tallies, sum(self._sizes[: self._position]))])
 
     def _check_shapes(self, batch: Batch, outputs: Any) -> None:
@@ -380,7 +383,9 @@ class Window:
         objective, tallies = self._objective, of_all(self.share, self.tallies, sum(self._sizes))
         first = [t.name for t in objective.terms] + [p.name for p in objective.penalties]
         names = [*first, *(name for name in tallies if name not in first)]
-        return Breakdown.of({n: Term(n, objective.role(n), objective.coefficient(n), tallies[n]) for n in names})
+        return Breakdown.of(
+            {n: Term(n, objective.role(n), objective.coefficient(n), tallies[n], _dtype=self._dtype) for n in names}
+        )
 
 
 @contextlib.contextmanager
