@@ -381,6 +381,24 @@ def test_a_run_without_an_epoch_has_no_report() -> None:
         build_view(Ledger("empty"))
 
 
+def test_of_several_runs_those_with_an_epoch_are_shown(tmp_path: Path) -> None:
+    for name in ("a", "b", "b'<i>", "c"):
+        Ledger(name).save(tmp_path / name)
+    with pytest.raises(InputError, match="The run 'a' has no loss of an epoch yet"):
+        build_view(Ledger.open(tmp_path))
+    for name in ("a", "c"):
+        ledger = fake(name)
+        ledger.save(tmp_path / name)
+    view = build_view(Ledger.open(tmp_path))
+    assert [run.run for run in view.runs] == ["a", "c"] and view.waiting == ("b", "b'<i>")
+    assert json.loads(as_json(view))["waiting"] == ["b", "b'<i>"] and view.comparisons
+    assert "not shown: b, b'<i>." in as_text(view) and "not shown: b, b&#39;&lt;i&gt;." in render(view)
+    # What is asked for by name is not left out in silence.
+    with pytest.raises(InputError, match="'b' has no loss of an epoch yet"):
+        build_view(Ledger.open(tmp_path / "a"), against=Ledger.open(tmp_path).select("b"))
+    assert build_view(Ledger.open(tmp_path / "a")).waiting == ()
+
+
 def test_curves_keep_every_spike() -> None:
     rows = [
         Row("training", 1, step, "mse", "data", "linear", "term", "", "", 1.0, 1, 1.0, 1.0, 1.0, value, 0)

@@ -257,6 +257,27 @@ def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path, there: bool) -> 
         assert "Loss report" in text(page)
 
 
+def test_a_run_that_has_only_begun_does_not_hide_the_others(tmp_path: Path) -> None:
+    late, early = Writer(tmp_path / "late"), Writer(tmp_path / "early")
+    late.ledger.save(late.folder)
+    early.ledger.save(early.folder)
+    with watch(tmp_path) as page, Stream(page) as stream:
+        stream.next()
+        assert "no loss of an epoch yet" in text(page)
+        early.epochs(0.5)
+        for _ in range(3):
+            stream.next()
+            if "Loss report" in text(page):
+                break
+        assert "Loss report: early<" in text(page) and "not shown: late." in text(page)
+        late.epochs(0.25)
+        for _ in range(3):
+            stream.next()
+            if "not shown" not in text(page):
+                break
+        assert "Loss report: early, late<" in text(page) and "not shown" not in text(page)
+
+
 def test_a_damaged_segment_is_named_on_the_page_until_it_is_gone(served: Watch, writer: Writer) -> None:
     writer.epochs(0.5)
     damaged = sorted((writer.folder / "ledger").iterdir())[-1]

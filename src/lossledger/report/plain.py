@@ -25,6 +25,7 @@ def as_dict(view: ReportView) -> dict[str, Any]:
         "runs": [_run(run) for run in view.runs],
         "comparisons": [asdict(comparison) for comparison in view.comparisons],
         "note": view.note,
+        "waiting": list(view.waiting),
         # Captions only: the pictures themselves lie in the run folder.
         "pictures": [{"run": picture.run, "caption": picture.caption} for picture in view.pictures],
     }

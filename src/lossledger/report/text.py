@@ -336,6 +336,7 @@ def _difference(first: float | None, second: float | None) -> float | None:
 def _document(view: ReportView, form: _Form) -> str:
     parts = [form.heading(f"Loss report: {view.title}", 1)]
     names = [run.run for run in view.runs]
+    parts += [form.paragraph(view.left_out)] if view.waiting else []
     if view.comparisons:
         parts.append(form.heading("Side by side", 2))
         parts += [form.paragraph(view.note)] if view.note else []

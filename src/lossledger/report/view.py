@@ -121,28 +121,38 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class ReportView:
-    """A report: its runs, their comparison if there are several, and pictures of bad samples."""
+    """A report: its runs, their comparison if there are several, pictures of bad samples, and who has only begun."""
 
     title: str
     runs: tuple[RunView, ...]
     comparisons: tuple[Comparison, ...]
     note: str
     pictures: tuple[Picture, ...]
+    waiting: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> str:
+        """Which runs are not shown, in a sentence."""
+        return f"Without the loss of an epoch yet, and not shown: {', '.join(self.waiting)}."
 
 
 def build_view(ledger: Ledger, against: Ledger | None = None, pictures: Iterable[Picture] = ()) -> ReportView:
     """Read what a report says out of a ledger.
 
     Args:
-        ledger: of one run or several.
+        ledger: of one run or several, of which those without the loss of an epoch are only named.
         against: further runs to set beside them; where it is one, what moved the loss from its own to that of each run.
         pictures: of bad samples, the worst first.
 
     Raises:
-        InputError: a run without the loss of any epoch.
+        InputError: no run with the loss of an epoch, or none to set beside it.
     """
     books = [book for book in (ledger, against) if book is not None]
-    parts = [(book, book.select(run)) for book in books for run in book.runs]
+    every = [(book, book.select(run)) for book in books for run in book.runs]
+    # Where all of a ledger have only begun, the first of them says so.
+    parts = [
+        part for part in every if _has_epoch(part[1]) or not any(map(_has_epoch, map(part[0].select, part[0].runs)))
+    ]
     given = [part.run for _, part in parts]
     names = [f"{n} ({given[: i + 1].count(n)})" if given.count(n) > 1 else n for i, n in enumerate(given)]
     other = against if against is not None and len(against.runs) == 1 else None
@@ -151,7 +161,12 @@ def build_view(ledger: Ledger, against: Ledger | None = None, pictures: Iterable
         for name, (book, part) in zip(names, parts, strict=True)
     )
     compared = tuple(c for c in _comparisons(runs) if c.rows) if len(runs) > 1 else ()
-    return ReportView(", ".join(names), runs, compared, _comparison_note(runs), tuple(pictures))
+    waiting = tuple(part.run for _, part in every if not _has_epoch(part))
+    return ReportView(", ".join(names), runs, compared, _comparison_note(runs), tuple(pictures), waiting)
+
+
+def _has_epoch(ledger: Ledger) -> bool:
+    return any(row.kind == "term" and row.step is None and row.split in SPLITS for row in ledger.rows)
 
 
 def _run_view(name: str, ledger: Ledger, against: tuple[str, Ledger] | None) -> RunView:
