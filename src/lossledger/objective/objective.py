@@ -11,12 +11,13 @@ import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lossledger.errors import EmptyDataError, InputError, UnknownNameError
+from lossledger.errors import EmptyDataError, InputError, LossledgerError, UnknownNameError
 from lossledger.losses.aligned import Aligned, detached
 from lossledger.losses.loss import By
 from lossledger.losses.parts import check_part
@@ -32,8 +33,8 @@ from lossledger.weighting import ClassWeight, carried_mask, class_vector
 if TYPE_CHECKING:
     from lossledger.window import Window
 
-# Samples whose targets are checked together: bounds the memory of the check.
-CHECKED_AT_ONCE = 4096
+# Elements whose targets are checked together: bounds the memory of the check, and its calls where samples are small.
+CHECKED_AT_ONCE = 2**22
 
 
 class Objective:
@@ -365,8 +366,10 @@ class Objective:
             key = plan.output
             # One prediction, repeated without memory: only its shape matters for the targets.
             shape = preds[key].shape
-            for start in range(0, length, CHECKED_AT_ONCE):
-                stop = min(start + CHECKED_AT_ONCE, length)
+            # A mask makes the repeated prediction real.
+            many = max(1, CHECKED_AT_ONCE // max(1, prod(shape[1:]), prod(trues[key].shape[1:])))
+            for start in range(0, length, many):
+                stop = min(start + many, length)
                 parts = [
                     None if value is None else value[start:stop]
                     for value in (trues[key], weights.get(key), masks.get(key))
@@ -374,7 +377,11 @@ class Objective:
                 like = preds[key][:1].detach().cpu().expand(stop - start, *shape[1:])
                 if carried_mask(preds[key]) is not None:  # What it will mask is not known: only shapes can be judged.
                     parts[2] = torch.zeros(stop - start, dtype=torch.bool)
-                plan.loss.align(parts[0], like, parts[1], parts[2], plan.class_weight, plan.name)
+                try:
+                    plan.loss.align(parts[0], like, parts[1], parts[2], plan.class_weight, plan.name)
+                except LossledgerError as error:
+                    error.args = (f"{error}{f' Positions count from sample {start}.' if start else ''}",)
+                    raise
 
     def _check_auxiliary(self, auxiliary: Mapping[str, Tensor]) -> None:
         """Names of auxiliary losses are their own: no term, no number of the history has them."""

@@ -88,4 +88,6 @@ def known_codes(codes: Iterable[str]) -> frozenset[str]:
     for code in given:
         if code not in CODES and code not in FAMILIES:
             raise UnknownNameError("code of a check", code, (*CODES, *FAMILIES))
+    if not given:
+        return frozenset()
     return frozenset(rule.code for rule in RULES if rule.code in given or rule.family in given)

@@ -23,8 +23,11 @@ def positions(found: Tensor) -> str:
 
 
 def _by_sample(values: Tensor | None, samples: int) -> Tensor | None:
-    """`[B]`, how many values of each sample are not finite."""
+    """`[B]`, how many values of each sample are not finite; `None` where all are."""
     if values is None or values.ndim == 0 or values.shape[0] != samples or not values.is_floating_point():
+        return None
+    # One pass where all is well: what is not finite, or overflows, makes the sum so.
+    if bool(torch.isfinite(values.sum())):
         return None
     return not_finite(values).reshape(samples, -1).sum(1)
 
