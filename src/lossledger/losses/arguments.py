@@ -1,6 +1,11 @@
-"""Arguments that every loss has: its name and its dtype."""
+"""Arguments of losses: their names, and those that every loss has, its name and its dtype."""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -25,3 +30,9 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype):
         raise InputTypeError(f"dtype: expected a torch dtype or its name such as 'float32', received {dtype!r}.")
     return found
+
+
+@cache
+def arguments(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a function by name, looked up once: every run notes those of its losses."""
+    return inspect.signature(function).parameters

@@ -9,7 +9,6 @@ A loss goes through three steps, each in one place:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
@@ -22,7 +21,7 @@ from lossledger import reduction as reductions
 from lossledger.errors import InputError, InputTypeError
 from lossledger.losses import groups as grouping
 from lossledger.losses.aligned import Aligned, Late, detached, select_leading, with_carried
-from lossledger.losses.arguments import dtype_of, snake_case
+from lossledger.losses.arguments import arguments, dtype_of, snake_case
 from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.losses.reproducible import reproducible_tally
@@ -461,7 +460,7 @@ class Loss:
         config: dict[str, Any] = {"name": self.name, "reduction": self.reduction.name}
         if self.dtype is not None:
             config["dtype"] = str(self.dtype).removeprefix("torch.")
-        for name in inspect.signature(type(self).__init__).parameters:
+        for name in arguments(type(self).__init__):
             if name not in ("self", "dtype", *config) and hasattr(self, name):
                 value = getattr(self, name)
                 config[name] = list(value) if isinstance(value, tuple) else value
@@ -473,7 +472,7 @@ class Loss:
         return cls(**config)
 
     def __repr__(self) -> str:
-        defaults = inspect.signature(type(self).__init__).parameters
+        defaults = arguments(type(self).__init__)
         shown = ", ".join(
             f"{name}={tuple(value) if isinstance(value, list) else value!r}"
             for name, value in self.get_config().items()

@@ -17,8 +17,9 @@ from lossledger.batch import Batch, leaves, to_device
 from lossledger.distributed import at_rest
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, LossledgerError, UnknownNameError
 from lossledger.forward import run_forward
-from lossledger.objective import unpacked
+from lossledger.objective import Objective, unpacked
 from lossledger.training.data import ArrayData, Data, IterableData, is_arrays, make_data, read_batch
+from lossledger.training.known import Assumed, Check, Known, form_of, stand_in
 from lossledger.training.modes import evaluating
 from lossledger.training.step import StepPlan
 from lossledger.values import is_number
@@ -100,29 +101,57 @@ def checked_at_once(data: Data, device: torch.device) -> bool:
     return isinstance(data, ArrayData) or device.type != "cpu"
 
 
-def check_targets(plan: StepPlan, data: Data, device: torch.device) -> None:
-    """All targets against the shape of the output of two samples: label range, shapes, probabilities.
+def check_targets(plan: StepPlan, data: Data, device: torch.device, known: Known | None = None) -> Assumed | None:
+    """All targets against the shape of the outputs: label range, shapes, probabilities.
+
+    Args:
+        plan: of a step.
+        data: to check; an iterable is checked as its batches come.
+        device: of the model.
+        known: the outputs that are known by the form of the inputs; of others the model is asked, with two samples.
+
+    Returns:
+        what the first batch must confirm, where the outputs were known.
 
     Raises:
         InputError: targets or outputs that do not fit each other or the loss.
     """
     if not isinstance(data, ArrayData):
-        return
-    objective = plan.objective
+        return None
+    check, form = _checker(plan.objective, data), form_of(data.x)
+    if known is not None and form in known:
+        # Whatever is refused by what the model once returned is judged by what it returns now.
+        with contextlib.suppress(LossledgerError):
+            check(known[form])
+            return Assumed(known, form, plan.objective, [check])
+    found = _asked(plan, data, device)
+    check(found)
+    if known is not None:
+        known[form] = {name: stand_in(output) for name, output in found.items()}
+    return None
+
+
+def _checker(objective: Objective, data: ArrayData) -> Check:
     if objective.structure == "one" and not isinstance(data.y, Tensor):
         raise InputError(
             f"y: the loss is for one output; expected one array, received a {type(data.y).__name__} of "
             f"{len(list(leaves(data.y)))}. Pass the array itself, or give a loss for each output."
         )
-    probe = to_device(next(iter(data.part(0, min(2, data.length)).batches(2, None))), device)
+    return lambda found: objective.check_data(data.y, found, data.sample_weight, data.mask, data.length)
+
+
+def _asked(plan: StepPlan, data: ArrayData, device: torch.device) -> dict[str, Tensor]:
+    """The outputs with a loss for two samples: of one, a shape that follows the batch looks like any other."""
+    probe = to_device(next(data.part(0, min(2, data.length)).batches(2, None)), device)
     with evaluating(plan.net), torch.no_grad():
         outputs = run_forward(plan.forward, probe.x, plan.autocast, device.type)
     at_rest(plan.net)
-    found = objective.split(unpacked(outputs)[0], "y_pred")
+    found = plan.objective.split(unpacked(outputs)[0], "y_pred")
     # What a model returns beside the outputs with a loss is its own business.
-    for name in dict.fromkeys(term.output for term in objective.terms):
+    names = dict.fromkeys(term.output for term in plan.objective.terms)
+    for name in names:
         check_output(found[name], name, probe.size)
-    objective.check_data(data.y, found, data.sample_weight, data.mask, data.length)
+    return {name: found[name] for name in names}
 
 
 def check_output(output: Any, name: str, samples: int) -> None:
@@ -243,18 +272,32 @@ def steps_of(steps: Any, available: int | None) -> int | None:
 
 
 def check_targets_of_all(
-    plan: StepPlan, frozen_plan: StepPlan, data: Data, held: Data | None, device: torch.device
-) -> None:
+    plan: StepPlan,
+    frozen_plan: StepPlan,
+    data: Data,
+    held: Data | None,
+    device: torch.device,
+    known: Known | None = None,
+) -> Assumed | None:
     """The targets to train on, and those to validate on.
+
+    Returns:
+        as `check_targets`, for both.
 
     Raises:
         InputError: as `check_targets`.
     """
-    check_targets(plan, data, device)
-    if held is not None:
-        # Class weights do not apply to validation, so its targets may hold other classes.
-        with about_validation():
-            check_targets(frozen_plan, held, device)
+    assumed = check_targets(plan, data, device, known)
+    if held is None:
+        return assumed
+    alike = isinstance(data, ArrayData) and isinstance(held, ArrayData) and form_of(data.x) == form_of(held.x)
+    # Class weights do not apply to validation, so its targets may hold other classes.
+    with about_validation():
+        other = check_targets(frozen_plan, held, device, known if alike else None)
+    if not alike or assumed is None:
+        return assumed
+    # Asked again for one, the model may have returned something new for both.
+    return check_targets(plan, data, device) if other is None else assumed.joined(other, about_validation)
 
 
 def updates_of(batches: int | None, accumulate: int) -> int | None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from lossledger.batch import to_device
+from lossledger.distributed import Group
 from lossledger.errors import InputError
 from lossledger.forward import Forward, Recipe
 from lossledger.training import boundary, measure, optimizers
 from lossledger.training.data import Data
 from lossledger.training.gate import Gate
 from lossledger.training.jit import Jit
+from lossledger.training.known import Known
 from lossledger.training.modes import evaluating
 from lossledger.training.step import StepPlan
 
@@ -49,11 +51,20 @@ class Compiled:
         recipe: in the words of the library.
         plan: of a step.
         metrics: of every pass.
+        known: what the model returns, by the form of its inputs.
     """
 
     recipe: Recipe
     plan: StepPlan
     metrics: tuple[measure.MetricPlan, ...]
+    known: Known = field(default_factory=dict)
+
+    def known_to(self, group: Group) -> Known | None:
+        """What is known, where one process asks and a step shows its outputs.
+
+        Several ranks ask anew, all of them or none; a compiled program goes by what the model was.
+        """
+        return self.known if group.size == 1 and self.plan.jit is None else None
 
     def weighted(self, class_weight: Any) -> StepPlan:
         """The plan with class weights, if there are any."""

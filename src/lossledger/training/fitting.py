@@ -18,6 +18,7 @@ from lossledger.objective import Objective
 from lossledger.training import boundary, grouping, loop, measure, posting, spreading
 from lossledger.training.backup import Progress
 from lossledger.training.data import ArrayData, Data, order_of
+from lossledger.training.known import Assumed
 from lossledger.training.measure import MetricPlan
 from lossledger.training.progress import Show
 from lossledger.training.sampling import Numbering, Sampling, numbering
@@ -213,6 +214,7 @@ def evaluated(
     group: Group,
     samples: Numbering | None = None,
     spread: bool = False,
+    assumed: Assumed | None = None,
 ) -> PassResult:
     """One pass over data while the weights stand still."""
     show.begin("evaluate", data.steps(batch_size) if steps is None else steps)
@@ -221,7 +223,8 @@ def evaluated(
     current = Pass(
         plan.objective, metrics, device, show, group, samples=kept, names=data.names, spread=spread, waiting=waiting
     )
-    return loop.evaluate_pass(plan, data, batch_size, steps, current, boundary.checked_at_once(data, device))
+    checked = boundary.checked_at_once(data, device)
+    return loop.evaluate_pass(plan, data, batch_size, steps, current, checked, assumed)
 
 
 def post(

@@ -20,6 +20,7 @@ from lossledger.training.callback import Callback, LazyLogs, overrides
 from lossledger.training.checking import Checking
 from lossledger.training.data import Data
 from lossledger.training.gate import bad_elements
+from lossledger.training.known import Assumed
 from lossledger.training.modes import evaluating
 from lossledger.training.sharing import Turn, never, own_batches, turns
 from lossledger.training.step import Observe, StepPlan, StepResult, train_step
@@ -57,6 +58,7 @@ class TrainOptions:
     after_step: Callable[[], None] | None
     backup: Backup | None = None
     checks: Checking | None = None
+    assumed: Assumed | None = None
 
 
 def train_epoch(
@@ -79,6 +81,7 @@ def train_epoch(
     waiting = None if skip else current.waiting
     observe = current.observe
     first = observe if options.checks is None else options.checks.with_first(observe)
+    assumed = options.assumed
     observers: Iterator[Observe | None] = itertools.chain((first,), itertools.repeat(observe))
     watching = watchers(options.callbacks)
     if watching:
@@ -88,7 +91,8 @@ def train_epoch(
         spare = None if turn.spare is None else to_device(turn.spare, device)
         for callback in begin:
             callback.on_train_batch_begin(index, {})
-        done = train_step(plan, window, options.by, options.checked, observer, turn.share, spare, waiting)
+        confirm = None if assumed is None or not assumed.waiting else assumed.confirm
+        done = train_step(plan, window, options.by, options.checked, observer, turn.share, spare, waiting, confirm)
         tallies = without_bad(done.tallies, done.bad) if skip and done.bad is not None else done.tallies
         current.add(tallies, done, skip, done.kept)
         if options.after_step is not None:
@@ -218,7 +222,13 @@ def without_bad(tallies: dict[str, Tally], bad: Tensor) -> dict[str, Tally]:
 
 
 def evaluate_pass(
-    plan: StepPlan, data: Data, batch_size: int, steps: int | None, current: Pass, checked: bool
+    plan: StepPlan,
+    data: Data,
+    batch_size: int,
+    steps: int | None,
+    current: Pass,
+    checked: bool,
+    assumed: Assumed | None = None,
 ) -> PassResult:
     """One pass without training: the weights stand still, so the numbers are frozen.
 
@@ -239,6 +249,8 @@ def evaluate_pass(
                 run_forward(plan.forward, batch.x, plan.autocast, device.type)
                 continue
             outputs = run_forward(plan.forward, batch.x, plan.autocast, device.type)
+            if assumed is not None and assumed.waiting:
+                assumed.confirm(outputs)
             kept = None if waiting is None or not checked else waiting.kept(batch, outputs)
             tallies = {}
             if kept is None:
@@ -252,11 +264,11 @@ def evaluate_pass(
                 recent.clear()
         if current.empty():
             raise EmptyDataError("evaluate: the data gave no batch; expected at least one.")
-        _explain_bad(plan, data, current.log(), recent)
         # The weights stand still, so a penalty on them counts once, not once a batch.
         penalties = {penalty.name: penalty.tally() for penalty in plan.penalties}
-        if group.rank == 0:
-            current.running.add(penalties)
+        if penalties and group.rank == 0:
+            current.add_once(penalties)
+        _explain_bad(plan, data, current.log(), recent)
     at_rest(plan.net)
     return current.result()
 

@@ -232,18 +232,20 @@ class Model(Placed):
         Raises:
             CheckpointError: a run that cannot be resumed: damaged, of another recipe, or on data that cannot go on.
         """
-        group, writes = self._group(), self.writes
+        group = self._group()
+        writes = group.rank == 0
         boundary.check_fit(
             batch_size, epochs, accumulate, initial_epoch, validation_freq, run_dir, resume, ledger_steps, writes
         )
         settings = self._require_compiled()
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype(), groups))
-        compiled = self._compiled()
+        device, compiled = self._device(), self._compiled()
         plan = compiled.weighted(class_weight)
         data, held = boundary.validation(data, validation_split, validation_data, self._dtype())
         steps = boundary.steps_of(steps_per_epoch, data.steps(batch_size))
         sharing.check_shared(group, plan.objective, data, held)
-        boundary.check_targets_of_all(plan, compiled.plan, data, held, self._device())
+        known = compiled.known_to(group)
+        assumed = boundary.check_targets_of_all(plan, compiled.plan, data, held, device, known)
         boundary.warn_if_trainable_changed(plan, self._forward.named_parameters())
         calls = as_callbacks(callbacks)
         saved = sharing.check_run(self.net, resume, calls)
@@ -287,11 +289,11 @@ class Model(Placed):
                 progress,
                 stopped=lambda: self.stop_training,
                 stop=lambda value: setattr(self, "stop_training", value),
-                device=self._device(),
+                device=device,
             ),
         )
         self.ledger = Ledger("run" if run_dir is None else Path(run_dir).name, made) if ledger is None else ledger
-        show = self._show(verbose)
+        show = Show(verbose if writes else 0)
         fitting = Fitting(
             plan=plan,
             frozen_plan=compiled.plan,
@@ -306,13 +308,14 @@ class Model(Placed):
                 by="class",
                 every=ledger_steps,
                 on_nonfinite=settings.on_nonfinite,
-                checked=boundary.checked_at_once(data, self._device()),
+                checked=boundary.checked_at_once(data, device),
                 callbacks=calls,
                 after_step=average.update if settings.ema is not None else None,
                 backup=saving,
                 checks=checking(checks, ignore_checks, plan.objective, self.ledger, show, group),
+                assumed=assumed,
             ),
-            device=self._device(),
+            device=device,
             epochs=range(initial_epoch, epochs),
             shuffled=bool(shuffle),
             seed=seed,
@@ -388,14 +391,13 @@ class Model(Placed):
         boundary.check_pass(batch_size, steps)
         self._require_compiled()
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype(), groups))
-        plan = self._compiled().plan
-        boundary.check_targets(plan, data, self._device())
-        group = self._group()
+        plan, group, device = self._compiled().plan, self._group(), self._device()
+        assumed = boundary.check_targets(plan, data, device, self._compiled().known_to(group))
         sharing.check_shared(group, plan.objective, data)
-        with self._show(verbose) as show:
+        with Show(verbose if group.rank == 0 else 0) as show:
             kept = numbering(data, group, again=False) if check_samples(samples) else None
-            metrics, device = self._compiled().metrics, self._device()
-            result = evaluated(plan, metrics, data, batch_size, steps, show, device, group, kept, bool(spread))
+            metrics = self._compiled().metrics
+            result = evaluated(plan, metrics, data, batch_size, steps, show, device, group, kept, bool(spread), assumed)
             show.end("evaluate", result.steps, result.seconds, result.logs)
         self.ledger = Ledger("evaluate", provenance(plan, None, batch_size, ranks=group.size))
         post(self.ledger, plan.objective, result, "test", 0, group)

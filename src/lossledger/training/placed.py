@@ -11,7 +11,6 @@ from torch import nn
 from lossledger.distributed import Group, joined, together
 from lossledger.forward import Forward
 from lossledger.training import weights
-from lossledger.training.progress import Show
 from lossledger.training.summary import summary_table
 
 
@@ -64,7 +63,3 @@ class Placed:
 
     def _group(self) -> Group:
         return joined(self._process_group, self._device())
-
-    def _show(self, verbose: Any) -> Show:
-        """The progress display: one for all ranks."""
-        return Show(verbose if self.writes else 0)

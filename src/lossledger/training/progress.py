@@ -61,7 +61,8 @@ class Show:
 
     def __init__(self, verbose: Any) -> None:
         self._style = style(verbose)
-        self._console = Console()
+        # Whatever is silent or a line needs none: one looks at terminal and environment.
+        self._console = Console() if self._style == "bar" else None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 

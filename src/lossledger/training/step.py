@@ -97,6 +97,7 @@ def train_step(
     share: Share = LONE_SHARE,
     spare: Batch | None = None,
     waiting: Waiting | None = None,
+    confirm: Callable[[Any], None] | None = None,
 ) -> StepResult:
     """Update the parameters with one window of batches.
 
@@ -109,6 +110,7 @@ def train_step(
         share: the part of this rank in the window.
         spare: a batch for forwards that count for nothing.
         waiting: lets the tallies of a small batch wait.
+        confirm: sees the outputs before anything is made of them.
 
     Raises:
         InputError: nothing of the loss depends on a trainable parameter, or a loss that parts do not add up to.
@@ -123,10 +125,12 @@ def train_step(
     sums: Sequence[Tensor] = ()
     if len(batches) > 1 or share.group.size > 1:
         window = Window(plan.objective, batches, plan.net, plan.penalties, by, checked, share, spare)
-        tallies, differs = _accumulate(plan, window, observe)
+        tallies, differs = _accumulate(plan, window, observe, confirm)
     else:
         batch, differs = batches[0], None
         outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.parameters[0].device.type)
+        if confirm is not None:
+            confirm(outputs)
         kept = None if waiting is None or not checked else waiting.kept(batch, outputs)
         pulled = None
         if waiting is not None and kept is not None:
@@ -147,12 +151,16 @@ def train_step(
     return StepResult(tallies, bad, differs, kept)
 
 
-def _accumulate(plan: StepPlan, window: Window, observe: Observe | None) -> tuple[dict[str, Tally], Tensor | None]:
+def _accumulate(
+    plan: StepPlan, window: Window, observe: Observe | None, confirm: Callable[[Any], None] | None
+) -> tuple[dict[str, Tally], Tensor | None]:
     """The gradient of several batches, as if they were one."""
     device = plan.parameters[0].device.type
     with running(window):
         for batch in window:
             outputs = run_forward(plan.forward, batch.x, plan.autocast, device)
+            if confirm is not None:
+                confirm(outputs)
             window.backward(outputs)
             if observe is not None and not (window.counting or window.blank):
                 observe(batch, outputs)

@@ -104,6 +104,7 @@ class Pass:
         self._device = device
         self.started = self._logged = time.perf_counter()
         self._last: tuple[dict[str, Tally], Kept | None] = {}, None
+        self._seen: tuple[int, dict[str, Tally]] | None = None
 
     @property
     def observe(self) -> Observe | None:
@@ -203,13 +204,20 @@ class Pass:
         return tallies
 
     def _read(self) -> dict[str, Tally]:
-        """The sums so far. What waits goes on waiting, so that looking at them changes nothing."""
-        found = self.running.read()
-        if not self.waiting:
-            return found
-        rest = Running(self._device)
-        rest.add(self.waiting.tallies())
-        return merged((found, rest.read()))
+        """The sums so far, read once. What waits goes on waiting, so that looking at them changes nothing."""
+        if self._seen is None or self._seen[0] != self.steps:
+            found = self.running.read()
+            if self.waiting:
+                rest = Running(self._device)
+                rest.add(self.waiting.tallies())
+                found = merged((found, rest.read()))
+            self._seen = self.steps, found
+        return self._seen[1]
+
+    def add_once(self, tallies: dict[str, Tally]) -> None:
+        """Add what belongs to no step."""
+        self.running.add(tallies)
+        self._seen = None
 
     def current(self) -> dict[str, float]:
         """The numbers so far of this rank, read now; `last` is the loss of the last batch alone."""
