@@ -69,12 +69,12 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def pictures(seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Noisy pictures with one square each, of 4 to 15 pixels a side."""
+    """Noisy pictures with one square each, of 2 to 15 pixels a side."""
     g = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(COUNT):
         mask = torch.zeros(1, 16, 16)
-        side = 4 + int(12 * float(torch.rand((), generator=g)) ** 2)
+        side = 2 + int(14 * float(torch.rand((), generator=g)) ** 2)
         top, left = (int(torch.randint(0, 17 - side, (), generator=g)) for _ in range(2))
         mask[:, top : top + side, left : left + side] = 1
         found.append((mask + 0.5 * torch.randn(1, 16, 16, generator=g), mask))
