@@ -18,11 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import lossledger as ll
 from killing import Noisy
+from lossledger.distributed import gathered
 from spawning import free_port
 
 N, SIZE, EPOCHS = 24, 5, 3
@@ -110,6 +113,13 @@ def trained(folder, rank, kind, save_freq, every_step=None, **options):
         layers.insert(1, torch.nn.BatchNorm1d(8))
     net = torch.nn.Sequential(*layers)
     net = net if kind == "loader" else net.double()
+    if options.pop("sharded", False):
+        # Parts of one model: fit does not make them so.
+        for value in net.parameters():
+            dist.broadcast(value.detach(), 0)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for part in (net[0], net[-1], net):
+            fully_shard(part, mesh=mesh)
     wrapped = options.pop("wrapped", False)
     model = ll.Model(DistributedDataParallel(net) if wrapped else net)
     loss = ll.losses.BinaryCrossentropy(from_logits=True) + ll.losses.Dice(axis=0, from_logits="sigmoid")
@@ -125,9 +135,9 @@ def trained(folder, rank, kind, save_freq, every_step=None, **options):
     given = {**data_of(kind, rank), "epochs": EPOCHS, "verbose": 0, "validation_data": held, "checks": "off", **options}
     history = model.fit(**given, callbacks=callbacks, run_dir=folder, resume=True)
     return {
-        "weights": {name: value.tolist() for name, value in net.state_dict().items()},
+        "weights": {name: value.tolist() for name, value in gathered(net.state_dict(), True).items()},
         "seen": float(net[-2].count),
-        "optimizer": repr(model.optimizer.state_dict()),
+        "optimizer": repr(gathered(model.optimizer.state_dict(), True)),
         "history": history.history,
         "epochs": history.epoch,
         "rows": [repr(row) for row in history.ledger.rows],
@@ -275,9 +285,10 @@ def at_random(folder, kills, seed):
     return {"kills": done, "runs": runs, "wrong": wrong}
 
 
-def at_sizes(folder, cases):
+def at_sizes(folder, cases, sharded):
     """Runs that end in the middle of an epoch, and go on with another number of ranks."""
     plain = {"kind": "arrays", "dropout": False, "normalized": False, "save_freq": 2, "ledger_steps": 2}
+    plain |= {"sharded": True} if sharded else {}
     assert attempt(2, folder, "whole", **plain)
     for before, after in cases:
         name = f"from-{before}-to-{after}"
@@ -290,7 +301,12 @@ STEPS = [
     # Rank 1 has two batches, rank 0 has three.
     ({"kind": "stateful", "save_freq": 1}, [{0: 7}]),
 ]
+SHARDED_STEPS = [
+    ({"kind": "arrays", "save_freq": 2, "sharded": True, "normalized": False, "ledger_steps": 2}, [{0: 7}]),
+]
 MORE_STEPS = [
+    ({"kind": "arrays", "save_freq": 1, "sharded": True, "normalized": False, "accumulate": 2}, [{0: 1}, {1: 5}]),
+    ({"kind": "stateful", "save_freq": 1, "sharded": True, "normalized": False}, [{1: 4}, {0: 7}]),
     ({"kind": "arrays", "save_freq": 1, "accumulate": 2}, [{0: 1}, {1: 5, 0: 5}, {1: 6}, {0: 9}]),
     ({"kind": "loader", "save_freq": 1}, [{1: step} for step in range(1, 9)]),
     ({"kind": "stateful", "save_freq": 1}, [{step % 2: step} for step in range(1, 10)]),
@@ -322,9 +338,10 @@ def main():
     for name in ("torch._dynamo", "duckdb"):
         importlib.import_module(name)
     if what == "steps":
-        print(json.dumps(at_steps(place, MORE_STEPS if sys.argv[3] == "more" else STEPS)))
-    elif what == "sizes":
-        print(json.dumps(at_sizes(place, [tuple(map(int, pair.split("-"))) for pair in sys.argv[3:]])))
+        print(json.dumps(at_steps(place, {"few": STEPS, "more": MORE_STEPS, "sharded": SHARDED_STEPS}[sys.argv[3]])))
+    elif what in ("sizes", "sharded-sizes"):
+        cases = [tuple(map(int, pair.split("-"))) for pair in sys.argv[3:]]
+        print(json.dumps(at_sizes(place, cases, what != "sizes")))
     elif what == "whole":
         assert attempt(2, place, "whole", kind="arrays", save_freq=2)
         print("{}")

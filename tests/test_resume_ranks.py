@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.distributed.fsdp import fully_shard
 
 import lossledger as ll
 import resuming_ranks
-from lossledger.errors import CheckpointError, InputError, RankError
+from lossledger.errors import CheckpointError, RankError
 from lossledger.training import checkpoint
 from spawning import free_port, run_ranks
 
@@ -47,6 +46,22 @@ def test_one_rank_or_all_end_at_a_step_and_nothing_differs(tmp_path):
     assert len(checkpoint.newest(folder).state["ranks"]) == 1
     # Rows of the epoch that was cut off were written once, or moved aside: bit for bit the same, so never twice.
     assert ll.Ledger.open(tmp_path / "cut-0-0").rows == ll.Ledger.open(tmp_path / "whole-0").rows
+
+
+def test_a_sharded_run_is_written_whole_and_goes_on_bit_for_bit(tmp_path):
+    """Weights, averages, optimizer and best weights of `fully_shard`, in one file that holds no shard."""
+    assert outcome("steps", tmp_path, "sharded") == []
+    state = checkpoint.newest(tmp_path / "cut-0-0" / "checkpoints").state
+    shapes = {"0.weight": (8, 3), "0.bias": (8,), "3.weight": (2, 8), "3.bias": (2,)}
+    assert {name: tuple(state["weights"][name].shape) for name in shapes} == shapes
+    assert [tuple(one.shape) for one in state["average"]] == list(shapes.values())
+    moments = state["optimizer"]["state"]
+    assert [tuple(moments[i]["exp_avg"].shape) for i in range(4)] == list(shapes.values())
+    (best,) = (one["best_weights"] for one in state["callbacks"] if "best_weights" in one)
+    assert tuple(best["3.weight"].shape) == (2, 8)
+    # Of the other rank only what is its own: no weights.
+    (other,) = state["ranks"]
+    assert set(other.get("weights", {})) <= {"2.count"} and "best_weights" not in str(other)
 
 
 @pytest.mark.slow
@@ -90,9 +105,21 @@ def close(a, b):
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     """The order of the samples is that of the run, so values are too, up to the order of sums."""
     outcome("sizes", tmp_path, *(f"{before}-{after}" for before, after in SIZES))
+    compare_sizes(tmp_path, SIZES)
+
+
+@pytest.mark.slow
+def test_shards_are_divided_anew_over_another_number_of_ranks(tmp_path):
+    """More ranks than rows of the last layer, so one of them has an empty part; and fewer."""
+    sizes = [(2, 3), (3, 2)]
+    outcome("sharded-sizes", tmp_path, *(f"{before}-{after}" for before, after in sizes))
+    compare_sizes(tmp_path, sizes)
+
+
+def compare_sizes(tmp_path, sizes):
     whole = json.loads((tmp_path / "whole.0.json").read_text())
     book = ll.Ledger.open(tmp_path / "whole")
-    for before, after in SIZES:
+    for before, after in sizes:
         name = f"from-{before}-to-{after}"
         for rank in range(after):
             found = json.loads((tmp_path / f"{name}.{rank}.json").read_text())
@@ -151,18 +178,8 @@ def other_sizes(rank, size, out):
     model.compile("sgd", "mse" if rank == 0 else "mae")
     with pytest.raises(RankError if rank == 0 else CheckpointError, match=r"recipe mean_absolute_error: expected"):
         model.fit(batches, run_dir=Path(out, "list"), resume=True, seed=0, verbose=0)
-    # A model of fully_shard has a ledger, and no checkpoints yet.
-    shards = fully_shard(torch.nn.Linear(4, 2))
-    model = ll.Model(shards)
-    model.compile("sgd", "mse")
-    data = (torch.ones(8, 4), torch.ones(8, 2))
-    for options in ({"resume": True}, {"callbacks": [ll.callbacks.BackupAndRestore()]}):
-        with pytest.raises(InputError, match="received one of fully_shard"):
-            model.fit(*data, run_dir=Path(out, "shards"), verbose=0, **options)
-    model.fit(*data, run_dir=Path(out, "shards"), verbose=0)
 
 
 def test_what_is_each_ranks_own_is_refused_with_the_reason(tmp_path):
     folder, codes = run_ranks(other_sizes, 2, out=tmp_path)
     assert codes == [0, 0], [path.read_text() for path in folder.glob("error-*")]
-    assert ll.Ledger.open(tmp_path / "shards").balance() == []

@@ -3,6 +3,7 @@
 from lossledger.distributed.gradients import same_buffers, same_start, sum_gradients
 from lossledger.distributed.group import ALONE, LONE_SHARE, Group, OneProcess, Share, cut
 from lossledger.distributed.ranks import Ranks, joined, sharing_fate, together
+from lossledger.distributed.shards import as_part, as_whole, divided_state, gathered, is_part
 from lossledger.distributed.wrappers import (
     at_rest,
     clip_norm_,
@@ -22,11 +23,16 @@ __all__ = [
     "OneProcess",
     "Ranks",
     "Share",
+    "as_part",
+    "as_whole",
     "at_rest",
     "clip_norm_",
     "cut",
+    "divided_state",
     "full",
+    "gathered",
     "in_lockstep",
+    "is_part",
     "is_sharded",
     "joined",
     "local",

@@ -143,10 +143,14 @@ class Ranks:
         except RankError:
             raise
         except RuntimeError as error:
-            said = str(error).splitlines()[0]
-            failed = RankError(f"{self._reason()} Stopped at rank {self.rank} of {self.size}; torch says: {said[:300]}")
+            failed = self.understood(error)
             self.fail(failed)
             raise failed from error
+
+    def understood(self, error: BaseException) -> RankError:
+        """What the network says, said of ranks."""
+        said = str(error).splitlines()[0]
+        return RankError(f"{self._reason()} Stopped at rank {self.rank} of {self.size}; torch says: {said[:300]}")
 
     def _reason(self) -> str:
         # The rank that failed writes before it closes; a killed one writes nothing.
@@ -279,8 +283,20 @@ def sharing_fate(group: Group) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if isinstance(group, Ranks) and _of_network(error):
+            # A forward of fully_shard or SyncBatchNorm talks to other ranks by itself.
+            failed = group.understood(error)
+            group.fail(failed)
+            raise failed from error
         group.fail(error)
         raise
+
+
+def _of_network(error: BaseException) -> bool:
+    """Whether torch says that another rank did not answer; gloo has no error of its own."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    return type(error) is RuntimeError and "gloo" in str(error)
 
 
 def together(group: Group, act: Callable[[], Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lossledger.distributed import local
+from lossledger.distributed import as_part, as_whole, local
 
 
 class Average:
@@ -32,11 +32,12 @@ class Average:
 
     def state_dict(self) -> list[Tensor]:
         """The average; empty before the first step."""
-        return self._average
+        return [as_whole(a, p) for a, p in zip(self._average, self._parameters, strict=False)]
 
     def load_state_dict(self, state: list[Tensor]) -> None:
         """Go on from an average that `state_dict` told."""
-        self._average = [a.to(p.device, copy=True) for a, p in zip(state, self._parameters, strict=False)]
+        parts = (local(as_part(a, p)) for a, p in zip(state, self._parameters, strict=False))
+        self._average = [part.to(p.device, copy=True) for part, p in zip(parts, self._parameters, strict=False)]
 
     def install(self) -> None:
         """Put the average in the place of the parameters; before the first step there is none."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lossledger.batch import Batch
-from lossledger.distributed import Group, together
+from lossledger.distributed import Group, as_part, at_rest, divided_state, gathered, is_part, local, together
 from lossledger.errors import CheckpointError, InputError
 from lossledger.forward import Forward
 from lossledger.ledger import Ledger, segments
@@ -136,10 +136,14 @@ class Backup:
             current: the pass of the epoch that runs; `None` between epochs.
         """
         started = time.perf_counter()
+        at_rest(self._changing.forward.net)
         state = {**self._fixed, **self._now(current)}
         # Telling a state may draw; when checkpoints are written must not change the run.
         randomness.restore(state["random"], self._changing.device)
-        state = parts.collected(self._group, state, self._buffers(state["weights"]))
+        buffers = self._buffers(state["weights"])
+        # What ranks compare must be there on all of them; weights lie on the first.
+        state = {k: gathered(part, self._group.rank == 0 or k == "callbacks") for k, part in state.items()}
+        state = parts.collected(self._group, state, buffers)
         together(self._group, lambda: self._to_disk(state))
         ended = time.perf_counter()
         self._next = ended + (ended - started) / SHARE
@@ -171,8 +175,8 @@ class Backup:
 
     def _buffers(self, weights: Mapping[str, Tensor]) -> list[str]:
         """What is not trained, and may differ by rank."""
-        trained = {p.data_ptr() for p in self._changing.forward.named_parameters().values()}
-        return [name for name, value in weights.items() if value.data_ptr() not in trained]
+        trained = {local(p).data_ptr() for p in self._changing.forward.named_parameters().values()}
+        return [n for n, value in weights.items() if not is_part(value) and value.data_ptr() not in trained]
 
     def _within(self, current: Pass) -> dict[str, Any]:
         place = {"taken": self._taken, "ended": self._ended, "opening": self._opening}
@@ -190,8 +194,9 @@ class Backup:
         # Before the optimizer: making a scheduler changes its rates.
         for callback, own in zip(stateful(all_.callbacks), state["callbacks"], strict=True):
             callback.load_state_dict(own)
-        all_.forward.put_back(state["weights"])
-        all_.optimizer.load_state_dict(state["optimizer"])
+        known = all_.forward.everything()
+        all_.forward.put_back({name: as_part(value, known.get(name)) for name, value in state["weights"].items()})
+        all_.optimizer.load_state_dict(divided_state(state["optimizer"], all_.optimizer))
         all_.average.load_state_dict(state["average"])
         position.restore(all_.data, state["data"])
         position.restore(all_.validation, state["validation"])

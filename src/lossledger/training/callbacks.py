@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import torch
 
+from lossledger.distributed import as_part
 from lossledger.errors import CheckpointError, InputError, InputTypeError, UnknownNameError
 from lossledger.ledger.rows import ROW_COLUMNS
 from lossledger.training.callback import Callback, Logs, awaited, monitored
@@ -168,7 +169,10 @@ class EarlyStopping(Callback):
     def on_train_end(self, logs: Logs) -> None:
         """Put the best weights back, if asked to."""
         if self._best_weights is not None:
-            self.model.net.load_state_dict(self._best_weights)
+            known = self.model.net.state_dict()
+            # Those of a checkpoint are whole.
+            best = {name: as_part(value, known.get(name)) for name, value in self._best_weights.items()}
+            self.model.net.load_state_dict(best)
 
 
 class ModelCheckpoint(Callback):

@@ -248,7 +248,6 @@ class Model(Placed):
         assumed = boundary.check_targets_of_all(plan, compiled.plan, data, held, device, known)
         boundary.warn_if_trainable_changed(plan, self._forward.named_parameters())
         calls = as_callbacks(callbacks)
-        saved = sharing.check_run(self.net, resume, calls)
         found = backup.found_by(group, run_dir if resume else None)
         seed = boundary.seed_of(seed) if found is None or seed is not None else found.state["recipe"]["seed"]
         seed = int(group.gather(seed)[0])
@@ -259,7 +258,7 @@ class Model(Placed):
         progress = backup.Progress()
         saving, ledger = backup.open_run(
             group,
-            run_dir if saved else None,
+            run_dir,
             found,
             lambda: recipe(
                 made,

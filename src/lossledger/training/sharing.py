@@ -5,21 +5,19 @@ from __future__ import annotations
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
 from lossledger.batch import Batch
-from lossledger.distributed import LONE_SHARE, Group, Share, cut, is_sharded, same_start, sharing_fate
+from lossledger.distributed import LONE_SHARE, Group, Share, cut, same_start, sharing_fate
 from lossledger.errors import InputError
 from lossledger.losses.parts import check_additive
 from lossledger.objective import Objective
 from lossledger.tally import Tally
 from lossledger.training import randomness
-from lossledger.training.callback import Callback
-from lossledger.training.callbacks import BackupAndRestore
 from lossledger.training.data import ArrayData, Data
 
 if TYPE_CHECKING:
@@ -163,18 +161,3 @@ def begin(group: Group, net: nn.Module, seed: int) -> None:
 def _is_batch_norm(module: nn.Module) -> bool:
     norm: Any = nn.modules.batchnorm._BatchNorm
     return isinstance(module, norm) and not isinstance(module, nn.SyncBatchNorm)
-
-
-def check_run(net: nn.Module, resume: bool, callbacks: Sequence[Callback]) -> bool:
-    """Whether a run in a folder has checkpoints: that of a model of `fully_shard` has its ledger only.
-
-    Raises:
-        InputError: such a run to go on with, or checkpoints of it to write.
-    """
-    sharded = is_sharded(net)
-    if sharded and (resume or any(isinstance(callback, BackupAndRestore) for callback in callbacks)):
-        raise InputError(
-            "resume: expected a model that is whole on each rank, received one of fully_shard, of whose shards a "
-            "checkpoint holds none. Save weights with ModelCheckpoint, and load them before fit(initial_epoch=…)."
-        )
-    return not sharded

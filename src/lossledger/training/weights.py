@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
-from lossledger.distributed import full
+from lossledger.distributed import as_part, full
 from lossledger.errors import InputError
 from lossledger.forward import Forward
 from lossledger.ledger.segments import publish
@@ -42,12 +41,3 @@ def load(forward: Forward, path: str | Path) -> None:
         forward.load({name: as_part(value, known.get(name)) for name, value in state.items()})
     except (InputError, safetensors.SafetensorError) as error:
         raise InputError(f"load_weights: {path} does not fit this model. {error}") from None
-
-
-def as_part(value: Tensor, like: Any) -> Tensor:
-    """A tensor divided over the ranks as another one is; itself where that is whole."""
-    if not hasattr(like, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
