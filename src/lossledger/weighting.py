@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, UnknownNameError
-from lossledger.values import any_of, is_number, shape_of
+from lossledger.values import any_of, is_number, shape_of, streams
 
 # Torch stores these, and can neither compare nor index them; the wider type holds all of their values.
 _WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
@@ -128,6 +128,34 @@ def selected(mask: Tensor, values: Tensor, safe: float) -> Tensor:
     return torch.where(mask, values, torch.full((), safe, dtype=values.dtype, device=values.device))
 
 
+# Axes that are too short to be worth a loop of their own.
+_SHORT = 64
+
+# Integers as wide as the numbers of these types.
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def zeroed(mask: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one shape and dtype with 0 where the mask is not set, whatever they hold there.
+
+    A product would keep NaN, and a choice by bools takes four times as long as one by the bits of integers.
+
+    Example:
+        >>> zeroed(torch.tensor([[True], [False]]), [torch.tensor([[1.0], [float("nan")]])])[0].tolist()
+        [[1.0], [0.0]]
+    """
+    first = values[0]
+    kind = _BITS.get(first.dtype)
+    if kind is None or not streams(first) or any(v.requires_grad for v in values):
+        return [selected(mask, v, 0) for v in values]
+    # −1 has all bits set.
+    bits = mask.to(kind).neg_()
+    if first.shape[-1] < _SHORT:
+        # Repeating a number along a short axis takes a call each time: once, not for each tensor.
+        bits = torch.empty(first.shape, dtype=kind).copy_(bits.expand(first.shape))
+    return [torch.bitwise_and(v.view(kind), bits).view(v.dtype) for v in values]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Weighting:
     """What each element counts: the mask selects, the weight multiplies.
@@ -146,6 +174,7 @@ class Weighting:
     shape: tuple[int, ...]
     mask: Tensor | None = None
     weight: Tensor | None = None
+    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def product(self) -> Tensor | None:
@@ -154,15 +183,40 @@ class Weighting:
             return self.weight
         if self.weight is None:
             return self.mask
-        return torch.where(self.mask, self.weight, torch.zeros((), dtype=self.weight.dtype, device=self.weight.device))
+        found: Tensor | None = self._known.get("product")
+        if found is None:
+            zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device)
+            found = self._known["product"] = torch.where(self.mask, self.weight, zero)
+        return found
+
+    def product_for(self, elements: Tensor) -> Tensor | None:
+        """The product as it multiplies large elements fastest: written out in their shape and dtype."""
+        product = self.product
+        if product is None or elements.requires_grad or product.requires_grad or not streams(elements):
+            return product
+        if product.dtype == elements.dtype and (product.shape == elements.shape or elements.shape[-1] >= _SHORT):
+            return product
+        if "spread" not in self._known:
+            # Numbers first: repeating bools takes twice as long.
+            small = product.to(elements.dtype)
+            self._known["spread"] = torch.empty_like(elements).copy_(small.expand(elements.shape))
+        found: Tensor = self._known["spread"]
+        return found
 
     def count(self) -> Tensor | int:
         """Number of unmasked elements."""
-        return self.total_of(self.mask)
+        if "count" not in self._known:
+            self._known["count"] = self.total_of(self.mask)
+        found: Tensor | int = self._known["count"]
+        return found
 
     def total_weight(self) -> Tensor | int:
         """Σ weight · mask over the elements."""
-        return self.total_of(self.product)
+        if "weight" not in self._known:
+            product = self.product
+            self._known["weight"] = self.count() if product is self.mask else self.total_of(product)
+        found: Tensor | int = self._known["weight"]
+        return found
 
     def total_of(self, statistic: Tensor | None) -> Tensor | int:
         """Σ over the elements of a statistic that broadcasts to them; the number of elements for `None`."""

@@ -18,8 +18,15 @@ from lossledger.losses.aligned import Aligned, Late, and_mask
 from lossledger.losses.elementwise import ElementLoss
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
-from lossledger.values import check_labels, check_probabilities, check_targets, outside_probabilities, shape_of
-from lossledger.weighting import ClassWeight, Weighting, check_class_weight, class_vector, selected, split_shape
+from lossledger.values import (
+    check_labels,
+    check_probabilities,
+    check_targets,
+    outside_probabilities,
+    shape_of,
+    streams,
+)
+from lossledger.weighting import ClassWeight, Weighting, check_class_weight, class_vector, selected, split_shape, zeroed
 
 EPSILON = 1e-7
 
@@ -61,6 +68,12 @@ class _CrossEntropy(ElementLoss):
         if not self.from_logits:
             check_probabilities(y_pred, where)
         check_targets(y_true, where)
+
+    def _safe(self, y_true: Tensor, y_pred: Tensor, weights: Weighting) -> tuple[Tensor, Tensor]:
+        if not self.from_logits or weights.mask is None or y_true.shape != y_pred.shape:
+            return super()._safe(y_true, y_pred, weights)
+        true, pred = zeroed(weights.mask, [y_true, y_pred])
+        return true, pred
 
     def _flagged(self, elements: Tensor, prediction: Prediction) -> Tensor:
         """NaN where the output is no probability: the step cannot read values, but it counts non-finite elements."""
@@ -123,15 +136,25 @@ class BinaryCrossentropy(_CrossEntropy):
         return self._flagged(-(y * q.log() + (1 - y) * (1 - q).log()), batch.prediction)
 
     def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
-        elements, y, p = self._elements(batch), self._targets(batch), batch.prediction.raw
+        y, p = self._targets(batch), batch.prediction.raw
         if self.from_logits:
+            if batch.prediction.shared:
+                batch.prediction.sigmoid()
+            elements = _softplus_less(p, y) if streams(p) else self._elements(batch)
             # d/dz of max(z, 0) − z·y + log(1 + exp(−|z|)) is σ(z) − y.
-            return elements, batch.prediction.sigmoid() - y
+            return elements, batch.prediction.own_sigmoid().sub_(y)
+        elements = self._elements(batch)
         q = p.clamp(EPSILON, 1 - EPSILON)
         return elements, (q - y) / (q * (1 - q)) * ((p >= EPSILON) & (p <= 1 - EPSILON))
 
     def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
         return column_weight(y_true, class_weight, where)
+
+
+def _softplus_less(z: Tensor, y: Tensor) -> Tensor:
+    """`max(z, 0) − z·y + log(1 + exp(−|z|))`, without a graph, in two buffers."""
+    logarithm = z.abs().neg_().exp_().log1p_()
+    return z.clamp_min(0).addcmul_(z, y, value=-1).add_(logarithm)
 
 
 def column_weight(y_true: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
@@ -173,6 +196,7 @@ class CategoricalCrossentropy(_CrossEntropy):
     """
 
     classes_are: ClassVar[str | None] = "label"
+    one_element: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -200,10 +224,15 @@ class CategoricalCrossentropy(_CrossEntropy):
         return self._flagged_entry(-(y * normalised(p).log()).sum(-1, keepdim=True), batch.prediction)
 
     def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
-        elements, y, p = self._elements(batch), self._targets(batch), batch.prediction.raw
+        y, p = self._targets(batch), batch.prediction.raw
         if self.from_logits:
-            # −Σ y (z − log Σ exp z) has the derivative softmax(z)·Σy − y.
-            return elements, batch.prediction.softmax() * y.sum(-1, keepdim=True) - y
+            if batch.prediction.shared:
+                batch.prediction.log_softmax()
+            # −Σ y (z − log Σ exp z) has the derivative softmax(z)·Σy − y, written over the log-softmax.
+            slopes = batch.prediction.own_log_softmax()
+            elements = (y * slopes).sum(-1, keepdim=True).neg_()
+            return elements, slopes.exp_().mul_(y.sum(-1, keepdim=True)).sub_(y)
+        elements = self._elements(batch)
         # −Σ y log(p/S), S = Σp: −y/p + (Σ y)/S, for the classes that the clip leaves alone.
         total = p.sum(-1, keepdim=True)
         share = p / total
@@ -307,6 +336,7 @@ class IntegerLabels(_CrossEntropy):
     """The base of cross-entropies of exclusive classes with integer labels, of which one may be left out."""
 
     classes_are: ClassVar[str | None] = "label"
+    one_element: ClassVar[bool] = True
     ignore_class: int | None = None
 
     def _classes(self, y_pred: Tensor) -> int:
@@ -352,7 +382,8 @@ class IntegerLabels(_CrossEntropy):
 
     def _safe(self, y_true: Tensor, y_pred: Tensor, weights: Weighting) -> tuple[Tensor, Tensor]:
         assert weights.mask is not None
-        return selected(weights.mask.squeeze(-1), y_true, 0), weights.select(y_pred, 0.5)
+        pred = zeroed(weights.mask, [y_pred])[0] if self.from_logits else weights.select(y_pred, 0.5)
+        return selected(weights.mask.squeeze(-1), y_true, 0), pred
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         if not self.from_logits:
@@ -421,8 +452,10 @@ class SparseCategoricalCrossentropy(IntegerLabels):
     def _slopes(self, batch: Aligned) -> tuple[Tensor, Tensor] | None:
         if not self.from_logits:
             return None
-        elements = self._elements(batch)
-        # softmax(z) − one_hot(y), written into the softmax; the elements come from the log-softmax.
-        gradient = batch.prediction.log_softmax().exp()
-        gradient.scatter_add_(-1, batch.y_true.long().unsqueeze(-1), elements.new_full(elements.shape, -1.0))
-        return elements, gradient
+        if batch.prediction.shared:
+            batch.prediction.log_softmax()
+        # softmax(z) − one_hot(y), written over the log-softmax, of which the elements are a part.
+        slopes, labels = batch.prediction.own_log_softmax(), batch.y_true.long().unsqueeze(-1)
+        elements = slopes.gather(-1, labels).neg_()
+        slopes.exp_().scatter_add_(-1, labels, elements.new_full(elements.shape, -1.0))
+        return elements, slopes

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lossledger import reduction as reductions
 from lossledger.errors import InputError, InputTypeError
+from lossledger.losses import backward
 from lossledger.losses import groups as grouping
 from lossledger.losses.aligned import Aligned, Late, detached, select_leading, with_carried
 from lossledger.losses.arguments import arguments, dtype_of, snake_case
@@ -71,6 +72,8 @@ class Loss:
     # What `by="class"` means, which a subclass of the library declares: "column" (each column has its own target,
     # split by presence), "label" (exclusive classes), "output" (regression columns), or None (no classes).
     classes_are: ClassVar[str | None] = None
+    # Whether an entry has one element whatever the length of the class axis, and `_slopes` takes entries one by one.
+    one_element: ClassVar[bool] = False
     _default_name: ClassVar[str | None] = None
 
     def __init__(
@@ -262,28 +265,22 @@ class Loss:
 
         The plain form: autograd over the elements. Losses with a closed form override `_slopes`.
         """
-        closed = self._slopes(batch)
+        found = backward.backprop(self, batch, window, factor, by)
+        if found is not None:
+            return found
         with torch.enable_grad():
-            leaf = batch.prediction.raw.detach().requires_grad_() if closed is None else None
-            if leaf is not None:
-                batch = replace(batch, prediction=Prediction(leaf))
-            tally = self.tally_aligned(batch, by) if closed is None else self._tally_elements(batch, closed[0], by)
+            leaf = batch.prediction.raw.detach().requires_grad_()
+            tally = self.tally_aligned(replace(batch, prediction=Prediction(leaf)), by)
             whole = tally if window is None else window
-            divisor = whole.divisor + whole.offset
-            scale = factor * tally.coefficient * reciprocal(divisor, tally.numerator.dtype)
-            if leaf is not None:
-                if not tally.numerator.requires_grad:
-                    raise InputError(
-                        f"{batch.where}: the loss does not depend on y_pred through differentiable operations; "
-                        "expected values with a gradient, received values without. Look for comparisons, rounding, "
-                        ".detach() or NumPy in it."
-                    )
-                (gradient,) = torch.autograd.grad(tally.numerator * scale, leaf)
-                return replace(tally, numerator=tally.numerator.detach()), gradient
-        assert closed is not None
-        weight = self._entry_weight(batch)
-        gradient = closed[1]
-        return tally, gradient.mul_(scale if weight is None else weight.to(gradient.dtype) * scale)
+            scale = factor * tally.coefficient * reciprocal(whole.divisor + whole.offset, tally.numerator.dtype)
+            if not tally.numerator.requires_grad:
+                raise InputError(
+                    f"{batch.where}: the loss does not depend on y_pred through differentiable operations; "
+                    "expected values with a gradient, received values without. Look for comparisons, rounding, "
+                    ".detach() or NumPy in it."
+                )
+            (gradient,) = torch.autograd.grad(tally.numerator * scale, leaf)
+        return replace(tally, numerator=tally.numerator.detach()), gradient
 
     def restore(self, gradient: Tensor, y_pred: Tensor) -> Tensor:
         """A gradient in the layout of the loss, as the output has it."""
@@ -392,7 +389,7 @@ class Loss:
         if elements.ndim == 1:
             return self._tally_scalar(batch, elements, by)
         reduction = reductions.divides(self.reduction, batch.where)
-        product = weights.product
+        product = weights.product_for(elements)
         total = elements if product is None else elements * product
         weighted = total if reduction.rescale is None else total * reduction.rescale(weights).to(total)
         numerator, plain = weighted.sum(), total.detach()
@@ -436,7 +433,7 @@ class Loss:
         if by == "class" and self.classes_are == "output":
             return grouping.by_column("class", weighted, total, weights, None)
         if by == "class" and self.classes_are == "column":
-            return grouping.by_column("class", weighted, total, weights, self._present(batch))
+            return grouping.by_column("class", weighted, total, weights, grouping.present(batch.y_true))
         if by in ("class", "label") and self.classes_are == "label":
             size, labels = self._labels(batch)
             keys = tuple((label, "") for label in range(size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -18,10 +19,12 @@ class Prediction:
         raw: `[B, d…, C]`, the output as the model gave it, at least float32.
     """
 
-    __slots__ = ("_log_softmax", "_sigmoid", "_softmax", "raw")
+    __slots__ = ("_log_softmax", "_sigmoid", "_softmax", "raw", "shared")
 
     def __init__(self, raw: Tensor) -> None:
         self.raw = raw
+        # Whether several losses read it: then what one computes is kept for the next.
+        self.shared = False
         self._sigmoid: Tensor | None = None
         self._softmax: Tensor | None = None
         self._log_softmax: Tensor | None = None
@@ -43,3 +46,21 @@ class Prediction:
         if self._softmax is None:
             self._softmax = self.log_softmax().exp()
         return self._softmax
+
+    def own_sigmoid(self) -> Tensor:
+        """The sigmoid as a new tensor, to be written to."""
+        return torch.sigmoid(self.raw) if self._sigmoid is None else self._sigmoid.clone()
+
+    def own_log_softmax(self) -> Tensor:
+        """The logarithms of the softmax as a new tensor, to be written to."""
+        return torch.log_softmax(self.raw, -1) if self._log_softmax is None else self._log_softmax.clone()
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Prediction:
+        """The prediction with a change of layout, or a part of it, with the activations that are known."""
+        found = Prediction(change(self.raw))
+        found.shared = self.shared
+        for name in ("_sigmoid", "_softmax", "_log_softmax"):
+            known = getattr(self, name)
+            if known is not None:
+                setattr(found, name, change(known))
+        return found

@@ -212,5 +212,6 @@ def shared(batch: Aligned, others: list[Aligned]) -> Aligned:
     """The batch with the activations of another term that reads the very same output."""
     for other in others:
         if other.prediction.raw is batch.prediction.raw:
+            other.prediction.shared = True
             return replace(batch, prediction=other.prediction)
     return batch
