@@ -189,6 +189,33 @@ def test_batches_of_a_loader_have_the_slices_of_their_arrays():
     assert other.ledger.worst_slices() == one.ledger.worst_slices()
 
 
+def test_sql_joins_samples_and_groups(tmp_path):
+    x, y, groups = planted()
+    options = {"epochs": 2, "batch_size": 512, "verbose": 0, "seed": 1, "samples": True, "groups": groups}
+    ledger = model().fit(x, y, run_dir=tmp_path / "a", **options).ledger
+    sql = """
+        SELECT run, kind, "group" AS name, count(*) AS n, avg(mean) AS mean
+        FROM samples JOIN groups USING (run, split, sample) WHERE epoch = 2 GROUP BY ALL ORDER BY ALL
+    """
+    (losses,) = [ledger.samples.where(epoch=2)]
+    order = np.argsort(losses["sample"])
+    expected = [
+        ("a", kind, str(name), int((np.asarray(ids) == name).sum()), losses["mean"][order][np.asarray(ids) == name].mean())
+        for kind, ids in sorted(groups.items())
+        for name in sorted(set(ids))
+    ]
+    for book in (ledger, ll.Ledger.open(tmp_path / "a")):
+        found = [tuple(row.values()) for row in book.query(sql)]
+        assert [row[:4] for row in found] == [row[:4] for row in expected]
+        assert [row[4] for row in found] == pytest.approx([row[4] for row in expected], rel=1e-9)
+    # Of several runs each has its own.
+    model().fit(x[:64], y[:64], run_dir=tmp_path / "b", **options | {"groups": {"side": ["odd", "even"] * 32}})
+    several = ll.Ledger.open(tmp_path)
+    counts = several.query('SELECT run, kind, count(*) AS n FROM "groups" GROUP BY ALL ORDER BY ALL').rows
+    assert counts[-1] == {"run": "b", "kind": "side", "n": 64} and {row["run"] for row in counts} == {"a", "b"}
+    assert ll.Ledger().query("SELECT count(*) AS n FROM groups").rows == [{"n": 0}]
+
+
 def test_groups_can_be_given_to_a_ledger_of_samples():
     x, y, groups = planted()
     made = model()

@@ -360,7 +360,8 @@ class Ledger(Sliced):
         begin with the column `run`. A roll-up is exact where it adds totals and counts and divides once:
         `sum(total) / sum(count)`; DuckDB's `fsum` adds with less rounding than its `sum`. Rows of steps have a `step`,
         rows of epochs have none; rows of whole terms have the kind "term", so that a query names the kind it adds.
-        With `samples=True` also `samples`, and views over it: see `docs/ledger.md#samples`.
+        With `samples=True` also `samples`, and views over it: see `docs/ledger.md#samples`; and `groups`, with the
+        split, sample, kind and group of each sample whose groups are kept.
 
         Args:
             sql: one SELECT (or WITH … SELECT). It reaches no file, network, extension or setting.
@@ -376,6 +377,8 @@ class Ledger(Sliced):
         [{'term': 'mse', 'mean': 0.5}]
         """
         tables = {"ledger": self._columns("rows"), "metrics": self._columns("metrics")}
+        if "groups" in sql.lower():
+            tables["groups"] = self._with_run([book.groups.columns() for book in self._books])
         if not dynamics.mentioned(sql):
             return query.answer(sql, tables)
         return query.answer(sql, {**tables, "samples": self.samples.as_columns()}, dynamics.VIEWS)
