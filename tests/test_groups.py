@@ -229,3 +229,49 @@ def test_a_loss_that_cannot_be_divided_by_sample_says_so():
     x, y = data()
     with pytest.raises(InputError, match="cannot be divided by 'sample'"):
         made.evaluate(x, y, verbose=0, groups=GROUPS)
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy of columns", "cross-entropy of classes", "squares"])
+@pytest.mark.parametrize("samples", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_elements_of_arrays_are_computed_once(monkeypatch, loss, samples, accumulate):
+    x, y = data(loss == "cross-entropy of classes")
+    kind, calls, inside = type(LOSSES[loss]()), [], []
+
+    def counted(name):
+        known = getattr(kind, name)
+
+        def call(self, batch):
+            # A gradient may make its elements with the other.
+            calls.extend([name] * (not inside))
+            inside.append(name)
+            found = known(self, batch)
+            inside.pop()
+            return found
+
+        return call
+
+    for name in ("_slopes", "_elements"):
+        monkeypatch.setattr(kind, name, counted(name))
+    made = model(LOSSES[loss]())
+    options = {"batch_size": 4, "verbose": 0, "samples": samples, "groups": GROUPS}
+    made.fit(x, y, accumulate=accumulate, checks="off", **options)
+    # Of seven batches, with their gradients.
+    assert calls == ["_slopes"] * 7
+    trained = made.ledger
+    assert (
+        not trained.balance()
+        and sum(row["count"] for row in trained.table(["site"])) == trained.table().rows[0]["count"]
+    )
+    calls.clear()
+    made.evaluate(x, y, **options)
+    assert calls == ["_elements"] * 7
+    # A loader computes them twice, and has the same rows.
+    evaluated = {kind: by_name(made.ledger, kind) for kind in GROUPS}
+    batches = [
+        ll.Batch(x[i : i + 4], y[i : i + 4], groups={"site": SITE[i : i + 4], "length": LENGTH[i : i + 4]})
+        for i in range(0, N, 4)
+    ]
+    made.evaluate(batches, verbose=0)
+    for kind, rows in evaluated.items():
+        expect_equal(by_name(made.ledger, kind), rows)

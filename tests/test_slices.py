@@ -200,7 +200,13 @@ def test_sql_joins_samples_and_groups(tmp_path):
     (losses,) = [ledger.samples.where(epoch=2)]
     order = np.argsort(losses["sample"])
     expected = [
-        ("a", kind, str(name), int((np.asarray(ids) == name).sum()), losses["mean"][order][np.asarray(ids) == name].mean())
+        (
+            "a",
+            kind,
+            str(name),
+            int((np.asarray(ids) == name).sum()),
+            losses["mean"][order][np.asarray(ids) == name].mean(),
+        )
         for kind, ids in sorted(groups.items())
         for name in sorted(set(ids))
     ]

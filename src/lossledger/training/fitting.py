@@ -14,6 +14,7 @@ from lossledger.distributed import Group, same_buffers, together
 from lossledger.errors import NonFiniteError
 from lossledger.ledger import Ledger
 from lossledger.ledger.samples import stacked
+from lossledger.losses.groups import AndSamples
 from lossledger.objective import Objective
 from lossledger.training import boundary, grouping, loop, measure, posting, spreading
 from lossledger.training.backup import Progress
@@ -160,9 +161,10 @@ class Fitting:
             self.data.names,
             self.spread,
             Waiting.of(self.plan.objective, options.by, not isinstance(self.data, ArrayData)),
+            _by_sample_too(self.data, samples),
         )
-        if samples is not None:
-            options = replace(options, by=samples.by)
+        if current.by is not None:
+            options = replace(options, by=current.by)
         length = self.data.length
         order = order_of(length, self.seed, epoch) if length is not None and self.shuffled else None
         if backup is None:
@@ -220,11 +222,31 @@ def evaluated(
     show.begin("evaluate", data.steps(batch_size) if steps is None else steps)
     kept = None if samples is None else Sampling(plan.objective, samples)
     waiting = Waiting.of(plan.objective, "class", not isinstance(data, ArrayData))
+    by = _by_sample_too(data, kept)
     current = Pass(
-        plan.objective, metrics, device, show, group, samples=kept, names=data.names, spread=spread, waiting=waiting
+        plan.objective,
+        metrics,
+        device,
+        show,
+        group,
+        samples=kept,
+        names=data.names,
+        spread=spread,
+        waiting=waiting,
+        by=by,
     )
     checked = boundary.checked_at_once(data, device)
     return loop.evaluate_pass(plan, data, batch_size, steps, current, checked, assumed)
+
+
+def _by_sample_too(data: Data, samples: Sampling | None) -> AndSamples | None:
+    """Takes what the tallies of steps sum by sample, where samples or groups want it.
+
+    Whether an iterable carries groups shows too late, and a run that is resumed must go the same way.
+    """
+    if samples is not None:
+        return samples.by
+    return AndSamples("class") if isinstance(data, ArrayData) and data.groups else None
 
 
 def post(

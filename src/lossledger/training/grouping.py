@@ -19,6 +19,7 @@ from torch import Tensor
 from lossledger.batch import Batch
 from lossledger.errors import InputError
 from lossledger.ledger import Row
+from lossledger.losses.groups import AndSamples
 from lossledger.objective import Objective
 from lossledger.tally import Groups, Tally
 from lossledger.training import posting
@@ -50,11 +51,12 @@ class Grouping:
     Args:
         objective: knows the terms.
         names: the groups of the data.
-        keep: keep which sample is in which group too.
+        by: takes what tallies have summed by sample, where they are made with it.
+        keep: keep which sample is in which group too; then somebody else takes the sums out of `by`.
     """
 
-    def __init__(self, objective: Objective, names: Names, keep: bool = False) -> None:
-        self._objective, self._names, self._keep = objective, names, keep
+    def __init__(self, objective: Objective, names: Names, by: AndSamples | None = None, keep: bool = False) -> None:
+        self._objective, self._names, self._by, self._keep = objective, names, by, keep
         self._kept: dict[str, list[Tensor]] = {}
         self._kinds: tuple[str, ...] | None = None
         self._step: list[tuple[Mapping[str, Tensor], dict[str, Tensor]]] = []
@@ -81,19 +83,32 @@ class Grouping:
 
     def _by_sample(self, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         """`[4, B, cells]` of each data term, part by part on a grid."""
-        objective, found = self._objective, {}
+        objective, parts = self._objective, dict[str, list[Groups | None]]()
+        # What a step has summed by sample has the bits of its batch: a grid has none of it.
+        taken = {} if self._by is None or objective.reproducible else self._by.taken
         with torch.no_grad():
-            aligned, _, size = objective.align(batch.y, outputs, batch.sample_weight, batch.mask, checked=True)
-            for plan, one in zip(objective.terms, aligned, strict=True):
-                tally = objective.by_sample(plan, one)
-                sums: list[Tensor] = []
-                for part in (tally,) if tally.grid is None else tally.grid.parts:
-                    rows = part.groups
-                    assert rows is not None
-                    self._cells[plan.name] = rows.cell is not None
-                    sums += (rows.numerator, rows.total, rows.count, rows.weight)
-                found[plan.name] = torch.stack([column.double() for column in sums]).reshape(len(sums), size, -1)
+            if any(plan.name not in taken for plan in objective.terms):
+                aligned, _, _ = objective.align(batch.y, outputs, batch.sample_weight, batch.mask, checked=True)
+                for plan, one in zip(objective.terms, aligned, strict=True):
+                    if plan.name not in taken:
+                        tally = objective.by_sample(plan, one)
+                        if tally.grid is not None:
+                            parts[plan.name] = [part.groups for part in tally.grid.parts]
+                        elif tally.groups is not None:
+                            taken[plan.name] = tally.groups, one
+            parts |= {name: [groups] for name, (groups, _) in taken.items()}
+            found = {plan.name: self._stacked(plan.name, parts[plan.name], batch.size) for plan in objective.terms}
+        if self._by is not None and not self._keep:
+            self._by.taken = {}
         return found
+
+    def _stacked(self, term: str, parts: list[Groups | None], size: int) -> Tensor:
+        sums: list[Tensor] = []
+        for rows in parts:
+            assert rows is not None
+            self._cells[term] = rows.cell is not None
+            sums += (rows.numerator, rows.total, rows.count, rows.weight)
+        return torch.stack([column.double() for column in sums]).reshape(len(sums), size, -1)
 
     def add(self, bad: Tensor | None = None) -> None:
         """Add the step whose batches were collected; of one that was left out, as `bad` says, nothing counts."""

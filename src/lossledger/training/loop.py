@@ -241,7 +241,7 @@ def evaluate_pass(
     waiting = current.waiting
     observe = current.observe
     group = current.group
-    by = "class" if current.samples is None else current.samples.by
+    by = current.by or "class"
     with torch.no_grad(), evaluating(plan.net):
         for host, blank in _frozen(plan, data, batch_size, steps, group):
             batch = to_device(host, device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lossledger.distributed import ALONE, Group
+from lossledger.losses.groups import AndSamples
 from lossledger.objective import Objective
 from lossledger.tally import Tally
 from lossledger.training import grouping, posting, spreading
@@ -72,6 +73,7 @@ class Pass:
         names: of the groups of the data, if there may be any.
         spread: keep how far the elements reach.
         waiting: lets tallies of small batches wait.
+        by: of the tallies of every step, where somebody takes what they sum by sample; then none of them waits.
     """
 
     def __init__(
@@ -86,15 +88,16 @@ class Pass:
         names: Names | None = None,
         spread: bool = False,
         waiting: Waiting | None = None,
+        by: AndSamples | None = None,
     ) -> None:
-        self.objective = objective
+        self.objective, self.by = objective, by
         # Sums of parts of the pass are made batch by batch, and so are those of several ranks.
-        self.waiting = waiting if every is None and samples is None and group.size == 1 else None
+        self.waiting = waiting if every is None and by is None and group.size == 1 else None
         self.group = group
         self.samples = samples
         self.running = Running(device)
         self.intervals = None if every is None else Intervals(every, device)
-        self.grouping = None if names is None else Grouping(objective, names, samples is not None)
+        self.grouping = None if names is None else Grouping(objective, names, by, samples is not None)
         self.spread = Spreading(objective, names, every) if spread else None
         self.measures = Measures(objective, plans)
         self._measured = bool(plans)
@@ -109,7 +112,8 @@ class Pass:
     @property
     def observe(self) -> Observe | None:
         """Takes each batch of a step for metrics, samples and groups, before the step is added; `None` without any."""
-        takers = (self.measures if self._measured else None, self.samples, self.spread, self.grouping)
+        # Groups before samples, which take out what both read.
+        takers = (self.measures if self._measured else None, self.grouping, self.samples, self.spread)
         return in_turn([taker.collect for taker in takers if taker is not None])
 
     def add(
