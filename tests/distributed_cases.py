@@ -168,18 +168,7 @@ def step(world, wrapper, loss, split):
         class_weight={"a": {0: 2.0}},
     )
     spans = share(world, split)
-    if wrapper == "fsdp" and not spans:
-        # fully_shard forwards on every rank: one row that weighs nothing.
-        row = batch(all_, 0, 1)
-        nothing = {k: torch.zeros_like(v) for k, v in row.mask.items()}
-        mine = [ll.Batch(row.x, row.y, row.sample_weight, nothing)]
-        objective = ll.Objective(LOSSES[loss](), {"a": 0.3}, {"*.weight": "l2"}, {"a": {0: 2.0}})
-    else:
-        mine = [batch(all_, a, b) for a, b in spans]
-    if wrapper == "fsdp":
-        # An auxiliary loss counts samples, and so the row above: not here.
-        net, other = two(wrapper)
-        objective = ll.Objective(LOSSES[loss](), {"a": 0.3}, {"*.weight": "l2"}, {"a": {0: 2.0}})
+    mine = [batch(all_, a, b) for a, b in spans]
     expected = objective.step([batch(all_, 0, N)], other, process_group=world.solo)
     found = objective.step(mine, net)
     np.testing.assert_allclose(found.value, expected.value, rtol=1e-12)
@@ -211,8 +200,7 @@ def open_window(world, wrapper):
         fully_shard(net)
     objective = ll.Objective(L.BinaryCrossentropy(**LOGITS) + L.Dice(from_logits="sigmoid"))
     expected = objective.step([(x, y)], other, process_group=world.solo)
-    split = "idle" if wrapper != "fsdp" else "several"
-    with objective.window([(x[a:b], y[a:b]) for a, b in share(world, split)], net) as window:
+    with objective.window([(x[a:b], y[a:b]) for a, b in share(world, "idle")], net) as window:
         for one in window:
             window.backward(net(one.x))
     np.testing.assert_allclose(window.breakdown.value, expected.value, rtol=1e-12)

@@ -9,38 +9,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossledger.batch import Batch, leaves, map_structure
+from lossledger.batch import Batch, leaves, map_structure, to_device
 from lossledger.distributed import Share
-from lossledger.errors import InputError
 from lossledger.losses.reproducible import shifted
 from lossledger.objective import Whole, unpacked
 from lossledger.tally import Tally
 
 # What of a tally is summed before the first backward.
 _SUMS = ("numerator", "divisor", "statistics")
+# What of a batch is cut by sample, in the order of its fields.
+_ROW = ("x", "y", "sample_weight", "mask", "groups")
 
 
-def padded(batches: Sequence[Batch], share: Share, lockstep: bool, spare: Batch | None) -> Sequence[Batch]:
+def padded(
+    batches: Sequence[Batch], share: Share, lockstep: bool, spare: Batch | None, device: torch.device | None = None
+) -> Sequence[Batch]:
     """As many micro-batches as any rank has, where forwards talk to other ranks: blank ones at the end.
 
-    A blank one is one real row that counts for nothing.
+    A blank one is one real row that counts for nothing. A rank that has seen none takes it from another: one without
+    data, or one that went on with a run after its last batch of the epoch.
 
-    Raises:
-        InputError: a rank that never had a batch, and so has no row to forward.
+    Args:
+        batches: of this rank.
+        share: who has how many.
+        lockstep: whether forwards talk to other ranks.
+        spare: a batch that this rank has seen, if any.
+        device: of the batches; `None` for the host.
     """
     longest = max(share.counts)
     if not lockstep or min(share.counts) == longest:
         return batches
     known = batches[0] if batches else spare
-    # Every rank hears it, so that none waits for the one that cannot go on.
-    lacking = [rank for rank, (missing,) in enumerate(share.group.agree(int(known is None))) if missing]
-    if lacking:
-        raise InputError(
-            f"rank {lacking[0]} has no data in this window and never had any; expected at least one sample, because "
-            "the forward of fully_shard runs on all ranks. Give it a batch whose sample_weight is 0."
-        )
+    known = None if known is None else one_row(known)
+    if any(missing for (missing,) in share.group.agree(int(known is None))):
+        giver = share.counts.index(longest)
+        given = share.group.gather(_sent(known) if share.group.rank == giver and known is not None else None)[giver]
+        known = to_device(given, device or torch.device("cpu")) if known is None else known
     assert known is not None
-    return [*batches, *[one_row(known)] * (longest - len(batches))]
+    return [*batches, *[known] * (longest - len(batches))]
+
+
+def _sent(row: Batch) -> Batch:
+    """A row for another process: on the host, without the batch that it was cut from."""
+
+    def own(value: Any) -> Any:
+        return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+    return Batch(*(map_structure(own, getattr(row, name)) for name in _ROW))
 
 
 def one_row(batch: Batch) -> Batch:
@@ -49,8 +64,7 @@ def one_row(batch: Batch) -> Batch:
     def first(value: Any) -> Any:
         return value[:1] if isinstance(value, Tensor) and value.ndim else value
 
-    names = ("x", "y", "sample_weight", "mask", "groups")
-    return Batch(**{name: map_structure(first, getattr(batch, name)) for name in names})
+    return Batch(*(map_structure(first, getattr(batch, name)) for name in _ROW))
 
 
 def zeroed(tallies: Mapping[str, Tally]) -> dict[str, Tally]:

@@ -116,7 +116,8 @@ class Window:
             raise InputError("window: expected the model, whose gradients are summed over ranks. Pass model=net.")
         self._lockstep = self._ranks and model is not None and in_lockstep(model)
         self._own, self.net, self.share = len(batches), model, share
-        batches = padded(batches, share, self._lockstep, spare) if self._ranks else batches
+        if self._lockstep and model is not None:
+            batches = padded(batches, share, True, spare, next((p.device for p in model.parameters()), None))
         self._objective, self._batches, self._penalties = objective, batches, penalties
         self._by, self._checked = by, checked
         self._sizes = [_samples(batch) if i < self._own else 0 for i, batch in enumerate(batches)]
