@@ -43,9 +43,9 @@ def raw_loop(net, x, y, loss, batch_size, epochs):
     return run
 
 
-def our_loop(net, x, y, loss, batch_size, epochs):
+def our_loop(net, x, y, loss, batch_size, epochs, jit=False):
     model = ll.Model(net)
-    model.compile(lambda p: torch.optim.Adam(p, lr=1e-3, fused=True), loss)
+    model.compile(lambda p: torch.optim.Adam(p, lr=1e-3, fused=True), loss, jit=jit)
 
     def run() -> None:
         model.fit(x, y, batch_size=batch_size, epochs=epochs, verbose=0)
@@ -62,6 +62,7 @@ def workloads() -> dict[str, tuple[int, Callable[[], dict[str, Callable[[], None
         return {
             "raw torch": raw_loop(torch.nn.Linear(3, 3), x, y, F.mse_loss, 32, 2),
             "lossledger, ledger by class": our_loop(torch.nn.Linear(3, 3), x, y, "mse", 32, 2),
+            "the same, jit=True": our_loop(torch.nn.Linear(3, 3), x, y, "mse", 32, 2, jit=True),
         }
 
     def unet() -> dict[str, Callable[[], None]]:

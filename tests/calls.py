@@ -11,11 +11,13 @@ import lossledger as ll
 from lossledger.training import checking, sums
 
 
-def python_calls(steps: int) -> int:
+def python_calls(steps: int, jit: bool) -> int:
     """Python function calls of one epoch of so many steps. Array path, binary cross-entropy, ledger by class, Adam."""
     x, y = torch.randn(steps * 4, 3), (torch.rand(steps * 4, 1) < 0.5).float()
     model = ll.Model(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)))
-    model.compile("adam", ll.losses.BinaryCrossentropy(from_logits=True))
+    model.compile("adam", ll.losses.BinaryCrossentropy(from_logits=True), jit=jit)
+    if jit:
+        model.fit(x[:12], y[:12], batch_size=4, verbose=0)
     count = 0
 
     def profile(frame, event, argument):
@@ -34,5 +36,6 @@ if __name__ == "__main__":
     sums.LOG_SECONDS = 1e9
     # What the checks of the first batch call depends on its values; they run once, not in each step.
     checking.Checking._batch = lambda self, *arguments: None
-    python_calls(5)
-    print((python_calls(120) - python_calls(20)) / 100)
+    jit = "jit" in sys.argv
+    python_calls(5, jit)
+    print((python_calls(120, jit) - python_calls(20, jit)) / 100)

@@ -178,8 +178,8 @@ class Fitting:
             save = never if backup is None else backup.is_time
             windows = turns(self.data, batches, options.accumulate, self.group, current.is_due, save)
         if self.plan.jit is not None:
-            observed = current.observe is not None
-            self.plan.jit.begin(self.plan, self.data, options.batch_size, options.steps, observed)
+            observed, packs = current.observe is not None, options.every is None and options.on_nonfinite != "skip"
+            self.plan.jit.begin(self.plan, self.data, options.batch_size, options.steps, observed, packs)
         result = loop.train_epoch(self.plan, windows, self.data, options, current, self.progress.step)
         same_buffers(self.group, self.plan.net)
         for step, tallies in result.intervals:

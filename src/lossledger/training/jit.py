@@ -20,6 +20,7 @@ from lossledger.forward import run_forward
 from lossledger.training import updates
 from lossledger.training.data import ArrayData, Data
 from lossledger.training.gap import undisturbed
+from lossledger.training.packed import Packed
 from lossledger.training.step import Observe, StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -84,10 +85,16 @@ class Jit:
         self._choice = _AS_IT_IS
         self._sizes: tuple[int, ...] = ()
         self._pads = True
-        self._observed = False
+        self._observed = self._packs = False
 
     def begin(
-        self, plan: StepPlan, data: Data | None, batch_size: int, steps: int | None, observed: bool = False
+        self,
+        plan: StepPlan,
+        data: Data | None,
+        batch_size: int,
+        steps: int | None,
+        observed: bool = False,
+        packs: bool = False,
     ) -> None:
         """A pass begins: what the last one knew of weights and optimizer may have changed.
 
@@ -97,12 +104,13 @@ class Jit:
             batch_size: samples of a batch of arrays.
             steps: batches of the pass, if not all.
             observed: whether the outputs of every step are asked for.
+            packs: whether the sums of steps may stay in rows: nobody asks for those of single steps.
 
         Raises:
             InputError: arrays whose last batch is smaller, in a model with batch norm.
         """
         self._bound, self._last, self._observed = None, None, observed
-        self._pads, self._sizes = data is not None, ()
+        self._pads, self._packs, self._sizes = data is not None, packs, ()
         if self._reason is None and isinstance(data, ArrayData):
             rest = data.length % batch_size
             if rest and data.length > batch_size and (steps is None or steps * batch_size > data.length):
@@ -151,10 +159,11 @@ class Jit:
             leaves = _filled(leaves, batch, self._choice)
         if observe is not None and not self._observed:
             _show(plan, batch, observe)
-        row, *rest = program.call(*bound.tensors, *leaves)
+        row, *rest = program.call([*bound.tensors, *leaves])
         if observe is not None and self._observed:
             observe(batch, program.outputs(rest, batch.size))
-        return StepResult(program.tallies(row), rest[0] if program.gated else None)
+        bad, sums = rest[0] if program.gated else None, Packed(program.forms, row)
+        return StepResult({}, bad, None, sums) if self._packs else StepResult(sums.tallies(), bad)
 
     # --- programs ----------------------------------------------------------------------------------------------
 

@@ -125,6 +125,7 @@ def _all_in_one(passes: Sequence[Mapping[str, Any]], group: Group) -> dict[str, 
         "groups": None,
         # Only one process lets tallies wait.
         "waiting": first.get("waiting"),
+        "packed": first.get("packed"),
     }
 
 

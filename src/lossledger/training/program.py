@@ -12,7 +12,6 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -23,10 +22,10 @@ from torch.utils import _pytree as pytree
 from lossledger.batch import Batch
 from lossledger.forward import run_forward
 from lossledger.objective import Objective, Outputs, unpacked
-from lossledger.tally import Link, Tally
-from lossledger.training import updates
+from lossledger.tally import Tally
+from lossledger.training import randomness, updates
 from lossledger.training.gate import bad_elements
-from lossledger.training.running import described, rebuilt
+from lossledger.training.packed import Form, packed
 from lossledger.training.step import StepPlan
 from lossledger.values import not_finite
 from lossledger.weighting import both
@@ -91,49 +90,23 @@ class _Whole(nn.Module):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Shape:
-    """A tally without its sums: where each of them lies in the row, or the number that it always is."""
-
-    name: str
-    kind: dict[str, Any]
-    link: Link | None
-    slots: tuple[tuple[int, tuple[int, ...], bool] | int | float, ...]
-
-    def tally(self, row: Tensor) -> Tally:
-        """The tally with the sums of a row."""
-        values: list[Any] = []
-        for slot in self.slots:
-            if isinstance(slot, tuple):
-                start, shape, whole = slot
-                part = row[start : start + prod(shape)].view(shape)
-                values.append(part.long() if whole else part)
-            else:
-                values.append(slot)
-        return rebuilt({"kind": self.kind, "sums": values}, self.link)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Program:
     """A compiled step.
 
     Args:
-        call: takes the tensors of the layout and those of a batch; returns the row of sums, whether the step was left
-            out, if it is gated, and the leaves of the outputs, if they were asked for.
-        shapes: of the tallies.
+        call: takes the tensors of the layout and those of a batch, in one list; returns the row of sums, whether the
+            step was left out, if it is gated, and the leaves of the outputs, if they were asked for.
+        forms: of the tallies.
         structure: of the outputs, `None` if they were not asked for.
         gated: whether steps can be left out.
         likes: by output, a number in the shape of one sample.
     """
 
-    call: Callable[..., Sequence[Tensor]]
-    shapes: tuple[_Shape, ...]
+    call: Callable[[list[Tensor]], Sequence[Tensor]]
+    forms: tuple[Form, ...]
     structure: Any
     gated: bool
     likes: Mapping[str, Tensor]
-
-    def tallies(self, row: Tensor) -> dict[str, Tally]:
-        """The tallies of a step."""
-        return {shape.name: shape.tally(row) for shape in self.shapes}
 
     def outputs(self, leaves: Sequence[Tensor], size: int) -> Any:
         """The outputs of the samples that are there."""
@@ -181,10 +154,11 @@ def made(
         for place, tensor in zip(places, given[count:], strict=False):
             values[place] = tensor
         x, y, weight, mask = pytree.tree_unflatten(values, structure)
-        if padded:
-            mask = _masked(mask, given[-1], plan.objective)
-        done = _step(plan, layout, given[:count], Batch(x, y, weight, mask), by)
-        kept["shapes"] = done.shapes
+        valid = given[-1] if padded else None
+        if valid is not None:
+            mask = _masked(mask, valid, plan.objective)
+        done = _step(plan, layout, given[:count], Batch(x, y, weight, mask), by, valid)
+        kept["forms"] = done.forms
         alone, auxiliary = unpacked(done.outputs)
         if padded and auxiliary:
             raise UnfitError("auxiliary losses would count the samples that fill up a smaller batch")
@@ -206,20 +180,27 @@ def made(
         with _attributes_kept(plan.net), _vectors_kept(plan.objective):
             graph = _traced(step, inputs)
         _check_constants(graph, tensors)
-        call = _compiled(graph, inputs)
+        call = _compiled(graph, inputs, [*tensors, *(t for t in leaves if t is not None), *examples[len(places) :]])
     likes = {name: torch.full((1, *shape), 0.5, dtype=dtype) for name, (shape, dtype) in kept["likes"].items()}
-    return Program(call, kept["shapes"], kept.get("structure"), plan.gate is not None, likes)
+    return Program(call, kept["forms"], kept.get("structure"), plan.gate is not None, likes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Done:
     row: Tensor
-    shapes: tuple[_Shape, ...]
+    forms: tuple[Form, ...]
     bad: Tensor | None
     outputs: Any
 
 
-def _step(plan: StepPlan, layout: Layout, tensors: Sequence[Tensor], batch: Batch, by: str | None) -> _Done:
+def _step(
+    plan: StepPlan,
+    layout: Layout,
+    tensors: Sequence[Tensor],
+    batch: Batch,
+    by: str | None,
+    valid: Tensor | None,
+) -> _Done:
     """What `train_step` does with one batch, on tensors that are given."""
     trained = set(layout.trained)
     named = {
@@ -250,8 +231,8 @@ def _step(plan: StepPlan, layout: Layout, tensors: Sequence[Tensor], batch: Batc
     if bad is not None:
         for place, kept in before.items():
             tensors[place].copy_(torch.where(bad, kept, tensors[place]))
-    row, shapes = _row(tallies, tensors[0].device)
-    return _Done(row, shapes, bad, outputs)
+    row, forms = packed(tallies if valid is None else _shown(plan.objective, tallies, valid))
+    return _Done(row, forms, bad, outputs)
 
 
 def _updated(
@@ -302,24 +283,18 @@ def _updated(
     return bad
 
 
-def _row(tallies: Mapping[str, Tally], device: torch.device) -> tuple[Tensor, tuple[_Shape, ...]]:
-    """All sums of a step in one row, and where each of them lies."""
-    parts: list[Tensor] = []
-    shapes, start = [], 0
+def _shown(objective: Objective, tallies: Mapping[str, Tally], valid: Tensor) -> dict[str, Tally]:
+    """The tallies with the number of elements that the samples have which are there."""
+    data = {plan.name for plan in objective.terms}
+    there, found = valid.sum(), {}
     for name, tally in tallies.items():
-        if isinstance(tally.coefficient, Tensor) or isinstance(tally.offset, Tensor):
-            raise UnfitError(f"the loss {name!r} has a constant that is a tensor")
-        slots: list[Any] = []
-        told = described(tally)
-        for value in told["sums"]:
-            if isinstance(value, Tensor):
-                slots.append((start, tuple(value.shape), not value.is_floating_point()))
-                parts.append(value.detach().reshape(-1).to(torch.float64))
-                start += value.numel()
-            else:
-                slots.append(value)
-        shapes.append(_Shape(name, told["kind"], tally.link, tuple(slots)))
-    return torch.cat(parts), tuple(shapes)
+        if name in data and tally.shown is not None:
+            each, rest = divmod(tally.shown, len(valid))
+            if rest:
+                raise UnfitError(f"the elements of {name!r} are none of single samples")
+            tally = replace(tally, shown=each * there)
+        found[name] = tally
+    return found
 
 
 def _masked(mask: Any, valid: Tensor, objective: Objective) -> Any:
@@ -352,18 +327,51 @@ def _check_constants(graph: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> 
             raise UnfitError("the step reads a parameter that is none of the module's own")
 
 
-def _compiled(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+def _compiled(
+    graph: torch.fx.GraphModule, inputs: list[Tensor], values: list[Tensor]
+) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    """A function of a list of tensors, which it empties; `values` are such as it will be called with."""
     try:
-        from torch._inductor.compile_fx import compile_fx
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-        # Dropout and the like draw from torch's own generator, as in the plain step.
-        made: Any = compile_fx(graph, inputs, config_patches={"fallback_random": True})
+        inside: list[Any] = []
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            inside.append(compile_fx_inner(*args, **kwargs))
+            return inside[-1]
+
+        made: Any = compile_fx(graph, inputs, inner_compile=inner, config_patches=_CONFIG)
+        alone = getattr(inside[0], "current_callable", None) if len(inside) == 1 else None
+        if alone is not None and sum(t.numel() for t in values) <= _SMALL and _agree(made, alone, values):
+            return alone  # type: ignore[no-any-return]
     except Exception as error:
         compiler = "Compiler" in type(error).__name__ or "compiler" in str(error).lower()
         what = "no C++ compiler was found; install g++ or name one in CXX" if compiler else "torch cannot compile it"
         raise UnfitError(f"{what} ({_first_line(error)})") from error
-    call: Callable[..., Sequence[Tensor]] = made
-    return call
+    return lambda given: made(*given)
+
+
+# Numbers that a step reads: of more than so many, the calls around a program cost nothing in comparison.
+_SMALL = 2**22
+# Dropout and the like draw from torch's own generator, as in the plain step. Shapes are known before a program is
+# called, and need not be compared in it.
+_CONFIG = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+
+
+def _agree(whole: Callable[..., Any], alone: Callable[[list[Tensor]], Any], values: list[Tensor]) -> bool:
+    """Whether the compiled code does by itself what it does inside of torch's preparations for any graph.
+
+    These cost more than the step of a small model, and prepare nothing where inputs are plain tensors.
+    """
+    device = values[0].device
+    state, results = randomness.capture(device), []
+    for call in (lambda given: whole(*given), alone):
+        randomness.restore(state, device)
+        given = [value.clone() for value in values]
+        results.append([*call(list(given)), *given])
+    mine, other = results
+    pairs = zip(mine, other, strict=False)
+    return len(mine) == len(other) and all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
 
 def _first_line(error: Exception) -> str:

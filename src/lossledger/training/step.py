@@ -24,6 +24,7 @@ from lossledger.window import NO_GRADIENT, Window, propagate, running
 
 if TYPE_CHECKING:
     from lossledger.training.jit import Jit
+    from lossledger.training.packed import Packed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +86,7 @@ class StepResult:
     tallies: dict[str, Tally]
     bad: Tensor | None
     differs: Tensor | None = None
-    kept: Kept | None = None
+    kept: Kept | Packed | None = None
 
 
 def train_step(

@@ -18,6 +18,7 @@ from lossledger.training.grouping import Grouping, GroupSums
 from lossledger.training.intervals import Closed, Intervals, of_all_ranks
 from lossledger.training.measure import Measures, MetricPlan
 from lossledger.training.named import Names
+from lossledger.training.packed import Packed, PackedSums
 from lossledger.training.progress import Show
 from lossledger.training.running import Running
 from lossledger.training.sampling import Sampling
@@ -95,7 +96,7 @@ class Pass:
         self.waiting = waiting if every is None and by is None and group.size == 1 else None
         self.group = group
         self.samples = samples
-        self.running = Running(device)
+        self.running, self.packed = Running(device), PackedSums()
         self.intervals = None if every is None else Intervals(every, device)
         self.grouping = None if names is None else Grouping(objective, names, by, samples is not None)
         self.spread = Spreading(objective, names, every) if spread else None
@@ -106,7 +107,7 @@ class Pass:
         self.steps = 0
         self._device = device
         self.started = self._logged = time.perf_counter()
-        self._last: tuple[dict[str, Tally], Kept | None] = {}, None
+        self._last: tuple[dict[str, Tally], Kept | Packed | None] = {}, None
         self._seen: tuple[int, dict[str, Tally]] | None = None
 
     @property
@@ -121,7 +122,7 @@ class Pass:
         tallies: dict[str, Tally],
         done: StepResult | None = None,
         skip: bool = False,
-        kept: Kept | None = None,
+        kept: Kept | Packed | None = None,
     ) -> None:
         """Add a step; nothing is read.
 
@@ -134,8 +135,8 @@ class Pass:
         self.steps += 1
         if tallies:
             self.running.add(tallies)
-        if kept is not None and self.waiting is not None:
-            full = self.waiting.add(kept)
+        if kept is not None:
+            full = self.packed.add(kept) if isinstance(kept, Packed) else self._wait(kept)
             if full:
                 self.running.add(full)
         if self.intervals is not None:
@@ -153,6 +154,9 @@ class Pass:
         if done is not None and done.differs is not None:
             self._differs = done.differs if self._differs is None else self._differs | done.differs
 
+    def _wait(self, kept: Kept) -> dict[str, Tally]:
+        return {} if self.waiting is None else self.waiting.add(kept)
+
     def state_dict(self) -> dict[str, Any]:
         """How far the pass is."""
         intervals = None if self.intervals is None else self.intervals.state_dict()
@@ -161,6 +165,8 @@ class Pass:
         sums["spread"] = None if self.spread is None else self.spread.state_dict()
         if self.waiting is not None:
             sums["waiting"] = self.waiting.state_dict()
+        if self.packed:
+            sums["packed"] = self.packed.state_dict()
         state = {"steps": self.steps, **sums, "measures": self.measures.state_dict(), "groups": groups}
         return state if self.samples is None else {**state, "samples": self.samples.state_dict()}
 
@@ -174,6 +180,8 @@ class Pass:
             waiting.load_state_dict(state["waiting"], self._device)
             if self.waiting is None:
                 self.running.add(waiting.tallies())
+        if state.get("packed") is not None:
+            self.packed.load_state_dict(state["packed"], links, self._device)
         if self.intervals is not None:
             self.intervals.load_state_dict(state["intervals"], links)
         if self.grouping is not None:
@@ -211,9 +219,10 @@ class Pass:
         """The sums so far, read once. What waits goes on waiting, so that looking at them changes nothing."""
         if self._seen is None or self._seen[0] != self.steps:
             found = self.running.read()
-            if self.waiting:
+            if self.waiting or self.packed:
                 rest = Running(self._device)
-                rest.add(self.waiting.tallies())
+                rest.add({} if self.waiting is None else self.waiting.tallies())
+                rest.add(self.packed.tallies())
                 found = merged((found, rest.read()))
             self._seen = self.steps, found
         return self._seen[1]

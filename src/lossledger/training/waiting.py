@@ -18,6 +18,7 @@ from lossledger.batch import Batch
 from lossledger.objective import Objective
 from lossledger.objective.closed import Closed, can_wait
 from lossledger.tally import Tally
+from lossledger.training.packed import Packed
 from lossledger.weighting import carried_mask
 
 # Numbers of an output: of larger ones, keeping them costs more than their tally.
@@ -47,7 +48,9 @@ class Kept:
             return objective.tallies(self.y_true, self.output, self.sample_weight, self.mask, by, checked=True)
 
 
-def tallies_of(objective: Objective, tallies: dict[str, Tally], kept: Kept | None, by: str | None) -> dict[str, Tally]:
+def tallies_of(
+    objective: Objective, tallies: dict[str, Tally], kept: Kept | Packed | None, by: str | None
+) -> dict[str, Tally]:
     """The tallies of a step, made now where they wait."""
     return tallies if kept is None else kept.tallies(objective, by) | tallies
 
