@@ -16,7 +16,7 @@ from lossledger.ledger import Ledger
 from lossledger.ledger.samples import stacked
 from lossledger.losses.groups import AndSamples
 from lossledger.objective import Objective
-from lossledger.training import boundary, grouping, loop, measure, posting, spreading
+from lossledger.training import boundary, grouping, loop, measure, memory, posting, spreading
 from lossledger.training.backup import Progress
 from lossledger.training.data import ArrayData, Data, order_of
 from lossledger.training.known import Assumed
@@ -219,7 +219,8 @@ def evaluated(
     assumed: Assumed | None = None,
 ) -> PassResult:
     """One pass over data while the weights stand still."""
-    show.begin("evaluate", data.steps(batch_size) if steps is None else steps)
+    count = data.steps(batch_size) if steps is None else steps
+    show.begin("evaluate", count)
     kept = None if samples is None else Sampling(plan.objective, samples)
     waiting = Waiting.of(plan.objective, "class", not isinstance(data, ArrayData))
     by = _by_sample_too(data, kept)
@@ -236,7 +237,8 @@ def evaluated(
         by=by,
     )
     checked = boundary.checked_at_once(data, device)
-    return loop.evaluate_pass(plan, data, batch_size, steps, current, checked, assumed)
+    with memory.kept(device, count):
+        return loop.evaluate_pass(plan, data, batch_size, steps, current, checked, assumed)
 
 
 def _by_sample_too(data: Data, samples: Sampling | None) -> AndSamples | None:

@@ -16,7 +16,7 @@ from lossledger.integrations import compiled_arguments, forward_of
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
 from lossledger.objective import plan as planning
-from lossledger.training import backup, boundary, loop, prediction, sharing, sums
+from lossledger.training import backup, boundary, loop, memory, prediction, sharing, sums
 from lossledger.training.average import Average
 from lossledger.training.callbacks import as_callbacks
 from lossledger.training.checking import checking
@@ -342,7 +342,7 @@ class Model(Placed):
             callback.set_params(params)
             callback.on_train_begin({})
         try:
-            with show, training(self.net):
+            with show, training(self.net), memory.kept(fitting.device):
                 return fitting.run(show)
         except NonFiniteError as error:
             fitting.record(error)

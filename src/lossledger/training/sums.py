@@ -13,7 +13,7 @@ from lossledger.distributed import ALONE, Group
 from lossledger.losses.groups import AndSamples
 from lossledger.objective import Objective
 from lossledger.tally import Tally
-from lossledger.training import grouping, posting, spreading
+from lossledger.training import grouping, memory, posting, spreading
 from lossledger.training.grouping import Grouping, GroupSums
 from lossledger.training.intervals import Closed, Intervals, of_all_ranks
 from lossledger.training.measure import Measures, MetricPlan
@@ -208,6 +208,7 @@ class Pass:
     def log(self) -> dict[str, Tally]:
         """A log point: read the sums and show them."""
         tallies = self._read()
+        memory.watch()
         if self.samples is not None:
             self.samples.flush()
         self._logged = time.perf_counter()
