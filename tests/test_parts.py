@@ -9,9 +9,10 @@ import torch
 import lossledger as ll
 from checks import as_tensor, case, close, value_and_gradient
 from declarations import REDUCTIONS, ROWS
-from lossledger import values
+from lossledger import values, weighting
 from lossledger.losses import backward
 from lossledger.losses.groups import AndSamples, column_sums
+from lossledger.weighting import zeroed
 
 CLOSED = [pytest.param(row, id=row.name) for row in ROWS if row.closed]
 NUMBERS = ("numerator", "divisor", "count", "weight", "nonfinite")
@@ -149,3 +150,51 @@ def test_confident_elements_keep_their_precision():
     tally, _ = ll.losses.BinaryCrossentropy(from_logits=True).backprop(y, z, by="sample")
     exact = z.abs().neg().double().exp().log1p()
     assert float(((tally.groups.numerator[:, None].double() - exact) / exact).abs().max()) < 1e-5
+
+
+def test_buffers_made_in_inference_mode_serve_outside_of_it(large):
+    y, p = (torch.rand(13, 4, 3) < 0.4).double(), torch.randn(13, 4, 3).double()
+    loss = ll.losses.BinaryCrossentropy(from_logits=True)
+    expected = loss.backprop(y, p)[1]
+    large()
+    backward._KEPT.scratch = None
+    with torch.inference_mode():
+        loss.backprop(y, p)
+    assert close(loss.backprop(y, p)[1], expected)
+
+
+def test_results_do_not_lie_in_buffers_that_are_used_again(large):
+    y, p = (torch.rand(13, 4, 3) < 0.4).double(), torch.randn(13, 4, 3).double()
+    w = torch.rand(13).double()
+    large()
+    for by in (None, "class", "sample", AndSamples("class")):
+        loss = ll.losses.BinaryCrossentropy(from_logits=True)
+        tally, gradient = loss.backprop(y, p, w, by=by)
+        kept = [gradient.clone(), tally.numerator.clone()]
+        kept += [] if tally.groups is None else [tally.groups.numerator.clone(), tally.groups.weight.clone()]
+        loss.backprop(1 - y, -3 * p, by=by)
+        after = [gradient, tally.numerator]
+        after += [] if tally.groups is None else [tally.groups.numerator, tally.groups.weight]
+        assert all(map(torch.equal, kept, after))
+
+
+@pytest.mark.parametrize("shape", [(13, 4, 3), (200, 70), (7, 1)])
+def test_what_is_not_chosen_becomes_zero_whatever_it_holds(shape, large, monkeypatch):
+    monkeypatch.setattr(weighting, "_SLICE", 40)
+    large()
+    mask = torch.rand(*shape[:-1], 1) < 0.5
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        one, other = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+        dirty = torch.where(mask, one, float("nan"))
+        for given in (mask, mask.expand(shape), mask[:1]):
+            found = zeroed(given, [one, other])
+            assert torch.equal(found[0], torch.where(given, one, 0.0))
+            assert torch.equal(found[1], torch.where(given, other, 0.0))
+        assert torch.equal(zeroed(mask, [dirty])[0], torch.where(mask, one, 0.0))
+
+
+def test_the_first_of_equal_targets_is_the_label():
+    y = torch.zeros(2**13, 4)
+    y[1, 2:] = 0.5
+    y[2, 3] = float("nan")
+    assert torch.equal(values.largest(y), y.argmax(-1)) and values.largest(y)[:3].tolist() == [0, 2, 3]

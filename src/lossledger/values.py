@@ -35,13 +35,58 @@ def streams(tensor: Tensor) -> bool:
     """
     if tensor.numel() < LARGE or tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return unwrapped(tensor) is tensor
+    return type(tensor) in (Tensor, torch.nn.Parameter) and unwrapped(tensor) is tensor
 
 
-def count_not_finite(elements: Tensor, total: Tensor) -> Tensor:
+def largest(y_true: Tensor) -> Tensor:
+    """`argmax` over the class axis."""
+    # On a processor `max` finds the same place in a third of the time.
+    return y_true.max(-1).indices if streams(y_true) else y_true.argmax(-1)
+
+
+class Scratch:
+    """Memory that is written to again and again: fresh memory costs more than what is written to it.
+
+    Example:
+        >>> scratch = Scratch()
+        >>> first, second = scratch.like(torch.ones(2, 3)), scratch.like(torch.ones(2, 3))
+        >>> scratch.take_back()
+        >>> scratch.like(torch.ones(6)).data_ptr() == first.data_ptr() != second.data_ptr()
+        True
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
+        self._taken = 0
+
+    def like(self, values: Tensor) -> Tensor:
+        """A buffer of its own in shape and dtype of the values, contiguous, with anything in it."""
+        self._taken += 1
+        return self._buffer(values, self._taken)
+
+    def passing(self, values: Tensor) -> Tensor:
+        """As `like`, but the next to ask gets the same one."""
+        return self._buffer(values, 0)
+
+    def take_back(self) -> None:
+        """All buffers can be handed out again."""
+        self._taken = 0
+
+    def _buffer(self, values: Tensor, position: int) -> Tensor:
+        size, buffers = values.numel(), self._buffers.setdefault(values.dtype, [])
+        while len(buffers) <= position:
+            buffers.append(torch.empty(0, dtype=values.dtype))
+        if buffers[position].numel() < size:
+            # What is made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                buffers[position] = torch.empty(size, dtype=values.dtype)
+        return buffers[position][:size].view(values.shape)
+
+
+def count_not_finite(elements: Tensor, total: Tensor, out: Tensor | None = None) -> Tensor:
     """Number of elements that are NaN or infinite; at least 1 where finite elements overflow in their sum."""
     # NaN is no zero, and every other number minus itself is one.
-    zeros = elements - elements
+    zeros = torch.sub(elements, elements, out=out)
     # To count in numbers takes a fifth of the time of `count_nonzero`.
     bad = zeros.ne_(0).sum().long() if streams(zeros) else torch.count_nonzero(zeros)
     return torch.maximum(bad, not_finite(total))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, UnknownNameError
-from lossledger.values import any_of, is_number, shape_of, streams
+from lossledger.values import Scratch, any_of, is_number, shape_of, streams
 
 # Torch stores these, and can neither compare nor index them; the wider type holds all of their values.
 _WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
@@ -128,8 +128,8 @@ def selected(mask: Tensor, values: Tensor, safe: float) -> Tensor:
     return torch.where(mask, values, torch.full((), safe, dtype=values.dtype, device=values.device))
 
 
-# Axes that are too short to be worth a loop of their own.
-_SHORT = 64
+# Axes that are too short to be worth a loop of their own, and numbers that fit in a cache beside others.
+_SHORT, _SLICE = 64, 2**17
 
 # Integers as wide as the numbers of these types.
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -148,12 +148,22 @@ def zeroed(mask: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
     kind = _BITS.get(first.dtype)
     if kind is None or not streams(first) or any(v.requires_grad for v in values):
         return [selected(mask, v, 0) for v in values]
+    found = [torch.empty(v.shape, dtype=v.dtype) for v in values]
     # −1 has all bits set.
     bits = mask.to(kind).neg_()
-    if first.shape[-1] < _SHORT:
-        # Repeating a number along a short axis takes a call each time: once, not for each tensor.
-        bits = torch.empty(first.shape, dtype=kind).copy_(bits.expand(first.shape))
-    return [torch.bitwise_and(v.view(kind), bits).view(v.dtype) for v in values]
+    length = len(first) if first.shape[-1] >= _SHORT else max(_SLICE * len(first) // first.numel(), 1)
+    bits = bits.expand(len(first), *bits.shape[1:])
+    wide = torch.empty(0, dtype=kind)
+    for start in range(0, len(first), length):
+        rows = slice(start, start + length)
+        chosen = bits[rows]
+        if first.shape[-1] < _SHORT:
+            # Repeating a number along a short axis takes a call each time: once, not for each tensor.
+            wide = wide if start and len(chosen) == length else torch.empty(first[rows].shape, dtype=kind)
+            chosen = wide.copy_(chosen.expand(wide.shape))
+        for value, result in zip(values, found, strict=True):
+            torch.bitwise_and(value[rows].view(kind), chosen, out=result[rows].view(kind))
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,6 +184,7 @@ class Weighting:
     shape: tuple[int, ...]
     mask: Tensor | None = None
     weight: Tensor | None = None
+    _scratch: Scratch | None = field(default=None, repr=False)
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -199,9 +210,19 @@ class Weighting:
         if "spread" not in self._known:
             # Numbers first: repeating bools takes twice as long.
             small = product.to(elements.dtype)
-            self._known["spread"] = torch.empty_like(elements).copy_(small.expand(elements.shape))
+            out = torch.empty(elements.shape, dtype=elements.dtype) if self._scratch is None else self.kept(elements)
+            assert out is not None
+            self._known["spread"] = out.copy_(small.expand(elements.shape))
         found: Tensor = self._known["spread"]
         return found
+
+    def kept(self, values: Tensor) -> Tensor | None:
+        """Where a result like the values is written that is needed until their part is done; `None`: anywhere."""
+        return None if self._scratch is None else self._scratch.like(values)
+
+    def passing(self, values: Tensor) -> Tensor | None:
+        """Where a result is written that is needed until the next one; `None`: anywhere."""
+        return None if self._scratch is None else self._scratch.passing(values)
 
     def count(self) -> Tensor | int:
         """Number of unmasked elements."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from math import prod
@@ -20,7 +21,7 @@ from torch import Tensor
 from lossledger.losses import groups as grouping
 from lossledger.losses.aligned import Aligned
 from lossledger.tally import Groups, Tally
-from lossledger.values import reciprocal, streams
+from lossledger.values import Scratch, reciprocal, streams
 from lossledger.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # Numbers of a part: half a dozen buffers of them, shared by two cores, fit in caches of 2 MB.
 PART = 2**17
+# Each thread keeps the buffers of a part, half a dozen; nothing in them is needed after it.
+_KEPT = threading.local()
 # Additions along the first axis go through so many rows at once.
 _ROUND = 64
 
@@ -75,6 +78,13 @@ def _in_parts(loss: Loss, batch: Aligned, raw: Tensor, by: By) -> int | None:
     return samples if samples < raw.shape[0] else None
 
 
+def _scratch() -> Scratch:
+    found: Scratch | None = getattr(_KEPT, "scratch", None)
+    if found is None:
+        found = _KEPT.scratch = Scratch()
+    return found
+
+
 def _scale(whole: Tally, factor: float, dtype: torch.dtype) -> Any:
     return factor * whole.coefficient * reciprocal(whole.divisor + whole.offset, dtype)
 
@@ -101,10 +111,11 @@ def _by_samples(
     loss: Loss, batch: Aligned, samples: int, scale: Any, gradient: Tensor, by: By
 ) -> tuple[Tally, Tensor] | None:
     """Part after part of whole samples; tallies of parts add up to the tally of the batch."""
-    tallies, apart = [], []
+    tallies, apart, scratch = [], [], _scratch()
     for start in range(0, gradient.shape[0], samples):
         rows = slice(start, start + samples)
-        part = _samples(batch, rows)
+        scratch.take_back()
+        part = _samples(batch, rows, scratch)
         closed = loss._slopes(part)
         if closed is None:
             return None
@@ -129,11 +140,13 @@ def _by_entries(
     if weight is not None:
         weight = (weight.to(gradient.dtype) * scale).expand(batch.weighting.shape).reshape(-1, 1)
     true = batch.y_true.reshape(-1, classes) if batch.y_true.ndim == gradient.ndim else batch.y_true.reshape(-1)
+    scratch = _scratch()
     flat = batch.prediction.map(lambda values: values.reshape(-1, classes))
     for start in range(0, len(slopes), entries):
         rows = slice(start, start + entries)
         prediction = flat.map(operator.itemgetter(rows))
-        weighting = Weighting((len(prediction.raw), 1))
+        scratch.take_back()
+        weighting = Weighting((len(prediction.raw), 1), _scratch=scratch)
         closed = loss._slopes(replace(batch, y_true=true[rows], prediction=prediction, weighting=weighting))
         if closed is None:
             return None
@@ -142,7 +155,7 @@ def _by_entries(
     return loss._tally_elements(batch, elements.reshape(batch.weighting.shape), by), gradient
 
 
-def _samples(batch: Aligned, rows: slice) -> Aligned:
+def _samples(batch: Aligned, rows: slice, scratch: Scratch) -> Aligned:
     """Some samples of a batch."""
     weights = batch.weighting
     rank, length = len(weights.shape), weights.shape[0]
@@ -156,7 +169,7 @@ def _samples(batch: Aligned, rows: slice) -> Aligned:
         batch,
         y_true=true,
         prediction=batch.prediction.map(operator.itemgetter(rows)),
-        weighting=Weighting((len(true), *weights.shape[1:]), cut(weights.mask), cut(weights.weight)),
+        weighting=Weighting((len(true), *weights.shape[1:]), cut(weights.mask), cut(weights.weight), scratch),
     )
 
 

@@ -22,6 +22,7 @@ from lossledger.values import (
     check_labels,
     check_probabilities,
     check_targets,
+    largest,
     outside_probabilities,
     shape_of,
     streams,
@@ -140,9 +141,10 @@ class BinaryCrossentropy(_CrossEntropy):
         if self.from_logits:
             if batch.prediction.shared:
                 batch.prediction.sigmoid()
-            elements = _softplus_less(p, y) if streams(p) else self._elements(batch)
+            weights = batch.weighting
+            elements = _softplus_less(p, y, weights) if streams(p) else self._elements(batch)
             # d/dz of max(z, 0) − z·y + log(1 + exp(−|z|)) is σ(z) − y.
-            return elements, batch.prediction.own_sigmoid().sub_(y)
+            return elements, batch.prediction.own_sigmoid(weights.kept(p)).sub_(y)
         elements = self._elements(batch)
         q = p.clamp(EPSILON, 1 - EPSILON)
         return elements, (q - y) / (q * (1 - q)) * ((p >= EPSILON) & (p <= 1 - EPSILON))
@@ -151,10 +153,10 @@ class BinaryCrossentropy(_CrossEntropy):
         return column_weight(y_true, class_weight, where)
 
 
-def _softplus_less(z: Tensor, y: Tensor) -> Tensor:
+def _softplus_less(z: Tensor, y: Tensor, weights: Weighting) -> Tensor:
     """`max(z, 0) − z·y + log(1 + exp(−|z|))`, without a graph, in two buffers."""
-    logarithm = z.abs().neg_().exp_().log1p_()
-    return z.clamp_min(0).addcmul_(z, y, value=-1).add_(logarithm)
+    logarithm = torch.abs(z, out=weights.passing(z)).neg_().exp_().log1p_()
+    return torch.clamp_min(z, 0, out=weights.kept(z)).addcmul_(z, y, value=-1).add_(logarithm)
 
 
 def column_weight(y_true: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
@@ -229,8 +231,9 @@ class CategoricalCrossentropy(_CrossEntropy):
             if batch.prediction.shared:
                 batch.prediction.log_softmax()
             # −Σ y (z − log Σ exp z) has the derivative softmax(z)·Σy − y, written over the log-softmax.
-            slopes = batch.prediction.own_log_softmax()
-            elements = (y * slopes).sum(-1, keepdim=True).neg_()
+            weights = batch.weighting
+            slopes = batch.prediction.own_log_softmax(weights.kept(p))
+            elements = torch.mul(y, slopes, out=weights.passing(p)).sum(-1, keepdim=True).neg_()
             return elements, slopes.exp_().mul_(y.sum(-1, keepdim=True)).sub_(y)
         elements = self._elements(batch)
         # −Σ y log(p/S), S = Σp: −y/p + (Σ y)/S, for the classes that the clip leaves alone.
@@ -244,11 +247,11 @@ class CategoricalCrossentropy(_CrossEntropy):
         return torch.where(outside, torch.nan, elements)
 
     def _labels(self, batch: Aligned) -> tuple[int, Tensor]:
-        return batch.y_true.shape[-1], batch.y_true.argmax(-1)
+        return batch.y_true.shape[-1], largest(batch.y_true)
 
     def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
         vector = class_vector(class_weight, y_true.shape[-1], where=where).to(y_true.device)
-        return vector[y_true.argmax(-1)].unsqueeze(-1)
+        return vector[largest(y_true)].unsqueeze(-1)
 
 
 def normalised(p: Tensor) -> Tensor:
@@ -455,7 +458,8 @@ class SparseCategoricalCrossentropy(IntegerLabels):
         if batch.prediction.shared:
             batch.prediction.log_softmax()
         # softmax(z) − one_hot(y), written over the log-softmax, of which the elements are a part.
-        slopes, labels = batch.prediction.own_log_softmax(), batch.y_true.long().unsqueeze(-1)
+        raw = batch.prediction.raw
+        slopes, labels = batch.prediction.own_log_softmax(batch.weighting.kept(raw)), batch.y_true.long().unsqueeze(-1)
         elements = slopes.gather(-1, labels).neg_()
         slopes.exp_().scatter_add_(-1, labels, elements.new_full(elements.shape, -1.0))
         return elements, slopes

@@ -56,9 +56,12 @@ def column_sums(values: Tensor) -> Tensor:
     return rows.sum(0)
 
 
-def present(y_true: Tensor) -> Tensor:
+def present(y_true: Tensor, weighting: Weighting) -> Tensor:
     """Where a target says that its class is there: bools, or 0 and 1 in the dtype of large targets."""
-    return y_true.clone().gt_(0.5) if streams(y_true) and y_true.is_floating_point() else y_true > 0.5
+    if not (streams(y_true) and y_true.is_floating_point()):
+        return y_true > 0.5
+    out = weighting.kept(y_true)
+    return torch.gt(y_true, 0.5, out=torch.empty_like(y_true) if out is None else out)
 
 
 def _count(inside: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ def by_column(kind: str, weighted: Tensor, total: Tensor, weighting: Weighting, 
         else:
             wide = weighting.product_for(weighted) if values is weighting.product else values
             assert wide is not None
-            part = column_sums(wide * presence)
+            part = column_sums(torch.mul(wide, presence, out=weighting.passing(weighted)))
         return torch.cat((part, whole - part))
 
     sums = _each_once(rows, weighted, total, weighting)

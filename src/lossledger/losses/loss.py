@@ -390,7 +390,7 @@ class Loss:
             return self._tally_scalar(batch, elements, by)
         reduction = reductions.divides(self.reduction, batch.where)
         product = weights.product_for(elements)
-        total = elements if product is None else elements * product
+        total = elements if product is None else torch.mul(elements, product, out=weights.kept(elements))
         weighted = total if reduction.rescale is None else total * reduction.rescale(weights).to(total)
         numerator, plain = weighted.sum(), total.detach()
         divisor = reduction.divisor(weights, batch.y_true)
@@ -403,7 +403,7 @@ class Loss:
             weights.count(),
             weights.total_weight(),
             offset=self._columns(elements.shape[-1]) if divisor is None else 0,
-            nonfinite=count_not_finite(plain, numerator.detach()),
+            nonfinite=count_not_finite(plain, numerator.detach(), weights.passing(plain)),
             groups=None if by is None else self._groups(batch, detached, plain, weights, by),
             shown=prod(weights.shape),
         )
@@ -433,7 +433,7 @@ class Loss:
         if by == "class" and self.classes_are == "output":
             return grouping.by_column("class", weighted, total, weights, None)
         if by == "class" and self.classes_are == "column":
-            return grouping.by_column("class", weighted, total, weights, grouping.present(batch.y_true))
+            return grouping.by_column("class", weighted, total, weights, grouping.present(batch.y_true, weights))
         if by in ("class", "label") and self.classes_are == "label":
             size, labels = self._labels(batch)
             keys = tuple((label, "") for label in range(size))

@@ -47,13 +47,17 @@ class Prediction:
             self._softmax = self.log_softmax().exp()
         return self._softmax
 
-    def own_sigmoid(self) -> Tensor:
+    def own_sigmoid(self, out: Tensor | None = None) -> Tensor:
         """The sigmoid as a new tensor, to be written to."""
-        return torch.sigmoid(self.raw) if self._sigmoid is None else self._sigmoid.clone()
+        if self._sigmoid is None:
+            return torch.sigmoid(self.raw, out=out)
+        return self._sigmoid.clone() if out is None else out.copy_(self._sigmoid)
 
-    def own_log_softmax(self) -> Tensor:
+    def own_log_softmax(self, out: Tensor | None = None) -> Tensor:
         """The logarithms of the softmax as a new tensor, to be written to."""
-        return torch.log_softmax(self.raw, -1) if self._log_softmax is None else self._log_softmax.clone()
+        if self._log_softmax is None:
+            return torch.log_softmax(self.raw, -1) if out is None else torch.log_softmax(self.raw, -1, out=out)
+        return self._log_softmax.clone() if out is None else out.copy_(self._log_softmax)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Prediction:
         """The prediction with a change of layout, or a part of it, with the activations that are known."""
