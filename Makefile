@@ -59,10 +59,11 @@ bench: $(VENV)/.dev exactness
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/vocabulary.py
 
-# A training step beside raw torch and other trainers: about an hour, on a machine that does nothing else. Parts of it:
-# make bench-trainers TRAINERS='--workloads dense unet-64 --repeats 3'
+# A training step, evaluate and predict beside raw torch and other trainers: about an hour, on a machine that does
+# nothing else. Parts of it: the scripts with --workloads, --contenders, --precisions, --repeats, --steps.
 bench-trainers: $(VENV)/.bench .venv-jax/.done .venv-tensorflow/.done
-	$(BIN)/python benchmarks/trainers.py $(TRAINERS)
+	$(BIN)/python benchmarks/trainers.py
+	$(BIN)/python benchmarks/inference.py
 
 # Errors of losses and gradients, beside other trainers.
 exactness: $(VENV)/.bench

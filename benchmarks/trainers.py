@@ -18,13 +18,6 @@ from speed.contenders import CONTENDERS, OURS, TUNED
 from speed.workloads import WORKLOADS
 
 
-def ratio(row: dict[str, Any], against: str) -> str:
-    if against not in row:
-        return ""
-    found = row[against]
-    return f"{found['ratio']:.2f} ({found['ratio_low']:.2f} to {found['ratio_high']:.2f})"
-
-
 def mebibytes(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:.0f}"
 
@@ -38,7 +31,8 @@ def table(found: dict[str, Any]) -> list[str]:
     for row in found["rows"]:
         lines.append(
             f"| {CONTENDERS[row['contender']].title} | {row['precision']} | {row['median_ms']:.3f} "
-            f"| {ratio(row, TUNED)} | {ratio(row, OURS)} | {mebibytes(row['peak'])} | {mebibytes(row['before'])} |"
+            f"| {command.ratio(row, TUNED)} | {command.ratio(row, OURS)} "
+            f"| {mebibytes(row['peak'])} | {mebibytes(row['before'])} |"
         )
     return lines
 
@@ -48,28 +42,22 @@ def page(workloads: dict[str, Any]) -> list[str]:
         "# Cost of a training step, beside other trainers",
         "",
         "Every contender in a process of its own, one running at a time, in turn; a run is one call of `fit` (or its "
-        "like) for one epoch, after one that is not measured. Adam, the same weights and arrays; how each was run, is "
+        "like) for one epoch, after one that is not measured. What Keras, Lightning and the HF Trainer do before their "
+        "`on_train_begin` and after their `on_train_end` is left out, except for the cost of a call; raw loops, "
+        "accelerate and lossledger are measured whole. Adam, the same weights and arrays; how each was run, is "
         "said at the top of each file in `benchmarks/speed`. Ratios are medians of those of the repeats, lowest to "
-        "highest; those in the last column but two say how many times longer than `fit` of lossledger in float32, "
-        "with its ledger by class. `make bench-trainers` makes this page.",
+        "highest; a ratio to lossledger says how many times as long a step took as with `fit` of lossledger in float32 "
+        "and its ledger by class. `make bench-trainers` makes this page.",
         "",
     ]
     for found in workloads.values():
-        lines += [
-            f"## {found['title']}",
-            "",
-            *table(found),
-            "",
-            f"{found['repeats']} repeats of {found['steps']} steps. {command.about(found)}.",
-            *command.left_out(found),
-            "",
-        ]
+        lines += [f"## {found['title']}", "", *table(found), "", *command.ending(found)]
     return lines[:-1]
 
 
 def main() -> None:
     given = command.options((__doc__ or "").splitlines()[0], list(WORKLOADS), list(CONTENDERS))
-    command.measure(given, ("train",), "trainers", page)
+    command.measure(given, ("train",), "trainers", page, {})
 
 
 if __name__ == "__main__":

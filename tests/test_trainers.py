@@ -75,7 +75,7 @@ def test_contenders_run_in_turn_and_who_cannot_is_named(monkeypatch, capsys):
     monkeypatch.setitem(race.CONTENDERS, "absent", added)
     names = ["tuned", "absent", "ours"]
     precisions, here = ["float32", "bfloat16"], {"here": sys.executable}
-    found = race.run(WORKLOADS["dense"], names, precisions, ["train"], 2, 3, here)
+    found = race.run(WORKLOADS["dense"], names, precisions, ["train"], 2, 3, 1, here)
     assert [row["contender"] for row in found["rows"]] == ["tuned", "ours"]
     assert found["left_out"] == {"absent": "speed.no_such_trainer is not installed"}
     assert "absent is left out" in capsys.readouterr().err

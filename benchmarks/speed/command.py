@@ -28,10 +28,16 @@ def options(text: str, workloads: Sequence[str], contenders: Sequence[str]) -> a
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, help="of a run, instead of what is usual for the workload")
+    parser.add_argument("--threads", type=int, default=cores(), help="of each contender; all cores if not given")
     parser.add_argument("--jax", default=str(ROOT / ".venv-jax/bin/python"), help="an interpreter with JAX and Keras")
     parser.add_argument("--tensorflow", default=str(ROOT / ".venv-tensorflow/bin/python"), help="one with TensorFlow")
     parser.add_argument("--dry", action="store_true", help="print, and leave the results as they are")
     return parser.parse_args()
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pythons(given: argparse.Namespace) -> dict[str, str]:
@@ -54,31 +60,45 @@ def machine() -> str:
     if memory.exists():
         total = int(memory.read_text().split("MemTotal:")[1].split()[0]) // 2**20
     fast = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    cores = len(os.sched_getaffinity(0))
-    return f"{name}, {cores} cores, {total} GiB, {' '.join(fast) or 'no wide vectors'}; {platform.system()}"
+    return f"{name}, {cores()} cores, {total} GiB, {' '.join(fast) or 'no wide vectors'}; {platform.system()}"
 
 
-def estimate(given: argparse.Namespace, whats: int) -> float:
+def estimate(given: argparse.Namespace, whats: int, usual: dict[str, int]) -> float:
     """Minutes, before anything was measured."""
     seconds = 0.0
     for name in given.workloads:
         workload = WORKLOADS[name]
         rows = len(given.contenders) * len(set(given.precisions) & set(workload.precisions))
-        step = workload.milliseconds / 1e3 * (given.steps or workload.steps)
+        step = workload.milliseconds / 1e3 * (given.steps or usual.get(name, workload.steps))
         seconds += rows * (STARTING + whats * (1 + given.repeats) * step)
     return seconds / 60
 
 
-def measure(given: argparse.Namespace, whats: Sequence[str], file: str, page: Callable[[dict], list[str]]) -> None:
-    """Run, print, and put what was measured in the place of what was known of these workloads."""
-    print(f"about {estimate(given, len(whats)):.0f} minutes", file=sys.stderr, flush=True)
+def measure(
+    given: argparse.Namespace, whats: Sequence[str], file: str, page: Callable[[dict], list[str]], usual: dict[str, int]
+) -> None:
+    """Run, print, and put what was measured in the place of what was known of these workloads.
+
+    Args:
+        usual: steps of a run, where they are not those of the workload.
+    """
+    print(f"about {estimate(given, len(whats), usual):.0f} minutes", file=sys.stderr, flush=True)
     results, known = RESULTS / f"{file}.json", {}
     if results.exists() and not given.dry:
         known = json.loads(results.read_text())
     for name in given.workloads:
         workload = WORKLOADS[name]
-        found: dict[str, Any] = {"machine": machine(), "title": workload.title}
-        found |= run(workload, given.contenders, given.precisions, whats, given.repeats, given.steps, pythons(given))
+        found: dict[str, Any] = {"title": workload.title, "machine": machine(), "threads": given.threads}
+        found |= run(
+            workload,
+            given.contenders,
+            given.precisions,
+            whats,
+            given.repeats,
+            given.steps or usual.get(name),
+            given.threads,
+            pythons(given),
+        )
         print("\n".join(page({name: found})), flush=True)
         known[name] = found
         if not given.dry:
@@ -88,10 +108,19 @@ def measure(given: argparse.Namespace, whats: Sequence[str], file: str, page: Ca
             (RESULTS / f"{file}.md").write_text("\n".join(page(known)) + "\n")
 
 
-def about(found: dict[str, Any]) -> str:
+def ratio(row: dict[str, Any], against: str) -> str:
+    """With its spread; empty where the other did not take part."""
+    if against not in row:
+        return ""
+    found = row[against]
+    return f"{found['ratio']:.2f} ({found['ratio_low']:.2f} to {found['ratio_high']:.2f})"
+
+
+def ending(found: dict[str, Any]) -> list[str]:
+    """How often, with what, on what, and who was left out."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{versions}; {found['machine']}"
-
-
-def left_out(found: dict[str, Any]) -> list[str]:
-    return [f"Left out: {name}: {why}." for name, why in found["left_out"].items()]
+    work = f"{found['repeats']} repeats of {found['steps']} steps, {found['threads']} threads"
+    lines = [f"{work}. {versions}; {found['machine']}.", ""]
+    for name, why in found["left_out"].items():
+        lines += [f"Left out: {name}: {why}.", ""]
+    return lines

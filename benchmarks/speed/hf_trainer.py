@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from speed import nets
-from speed.racer import Racer, Run, Task
+from speed.racer import CLOCK, Racer, Run, Task
 from speed.torch_plain import first_loss
 
 PACKAGES = ("transformers", "accelerate", "torch")
@@ -39,6 +39,14 @@ class Items(Dataset):
         return {"x": self.x[index], "labels": self.y[index]}
 
 
+class Ends(transformers.TrainerCallback):
+    def on_train_begin(self, *_, **__):
+        CLOCK.begin()
+
+    def on_train_end(self, *_, **__):
+        CLOCK.end()
+
+
 def make(task: Task) -> Racer:
     transformers.logging.set_verbosity_error()
     module, items = WithLoss(task), Items(task)
@@ -57,7 +65,7 @@ def make(task: Task) -> Racer:
             report_to="none",
             disable_tqdm=True,
         )
-        trainer = transformers.Trainer(module, arguments, train_dataset=items)
+        trainer = transformers.Trainer(module, arguments, train_dataset=items, callbacks=[Ends()])
         # It prints what it logs where there is no bar.
         trainer.remove_callback(transformers.PrinterCallback)
         return trainer.train

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from speed import nets
-from speed.racer import Racer, Run, Task
+from speed.racer import CLOCK, Racer, Run, Task
 from speed.torch_plain import first_loss, tensors
 
 PACKAGES = ("lightning", "torch")
@@ -29,6 +29,12 @@ class Module(lightning.LightningModule):
         loss = self.loss_fn(self.net(x), y)
         self.log("train_loss", loss)
         return loss
+
+    def on_train_start(self):
+        CLOCK.begin()
+
+    def on_train_end(self):
+        CLOCK.end()
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=1e-3)

@@ -34,7 +34,9 @@ class LeftOutError(Exception):
 class Worker:
     """The process of a contender; stopped unless it is asked something."""
 
-    def __init__(self, contender: Contender, precision: str, workload: Workload, data: Path, python: str) -> None:
+    def __init__(
+        self, contender: Contender, precision: str, workload: Workload, data: Path, threads: int, python: str
+    ) -> None:
         self.contender, self.precision = contender, precision
         self.folder = data / f"{contender.name}-{precision}"
         self.folder.mkdir()
@@ -46,12 +48,13 @@ class Worker:
             "data": str(data),
             "folder": str(self.folder),
             "options": dict(contender.options),
+            "threads": threads,
         }
+        # As many threads for each; JAX has as many as it may use cores.
+        count = str(threads)
+        pools = {name: count for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")}
         paths = [str(BENCHMARKS), *([os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else [])]
-        # As many threads for each: all cores.
-        cores = str(len(os.sched_getaffinity(0)))
-        threads = {name: cores for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")}
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""} | threads
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""} | pools
         self._log = (data / f"{self.folder.name}.log").open("w+")
         self.process = subprocess.Popen(
             [python, "-m", "speed.worker", json.dumps(given)],
@@ -150,6 +153,7 @@ def run(
     whats: Sequence[str],
     repeats: int,
     steps: int | None,
+    threads: int,
     pythons: dict[str, str],
 ) -> dict[str, Any]:
     """Everything measured of a workload: rows, versions, who was left out.
@@ -165,7 +169,7 @@ def run(
             if precision in workload.precisions
             for name in contenders
         ]
-        race = Race([Worker(one, p, workload, Path(folder), pythons[one.place]) for one, p in chosen])
+        race = Race([Worker(one, p, workload, Path(folder), threads, pythons[one.place]) for one, p in chosen])
         try:
             return _run(race, workload, whats, repeats, count)
         finally:
@@ -183,6 +187,7 @@ def _run(race: Race, workload: Workload, whats: Sequence[str], repeats: int, sam
     times: dict[str, dict[str, list[float]]] = {what: {} for what in whats}
     faults: dict[str, dict[str, int]] = {what: {} for what in whats}
     for what in whats:
+        part = "steps" if what == "train" and not workload.whole else "seconds"
         warm = race.all("time", what=what)
         minutes = repeats * sum(found["seconds"] for found in warm.values()) / 60
         print(
@@ -190,7 +195,7 @@ def _run(race: Race, workload: Workload, whats: Sequence[str], repeats: int, sam
         )
         for _ in range(repeats):
             for name, found in race.all("time", what=what).items():
-                times[what].setdefault(name, []).append(found["seconds"] / steps)
+                times[what].setdefault(name, []).append(found[part] / steps)
                 faults[what][name] = found["faults"]
     after = {name: found["loss"] for name, found in race.all("loss").items()}
     peaks = {name: found["peak"] for name, found in race.all("peak").items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,28 @@ Run = Callable[[], Any]
 
 class NotOfferedError(Exception):
     """The contender is not installed here, or cannot do this."""
+
+
+class Clock:
+    """When the first step of a run could begin, and when the last was over; told by callbacks of the contenders.
+
+    Some prepare a call of `fit` for longer than our runs have steps to share it.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.first = self.last = None
+
+    def begin(self, *_: Any, **__: Any) -> None:
+        self.first = time.perf_counter()
+
+    def end(self, *_: Any, **__: Any) -> None:
+        self.last = time.perf_counter()
+
+
+CLOCK = Clock()
 
 
 @dataclass(frozen=True)
@@ -45,7 +68,8 @@ class Racer:
 
     Args:
         loss: of the first batch, from the weights as they are.
-        train: prepares an epoch, and gives the function that is timed.
+        train: prepares an epoch, and gives the function that is timed, from `CLOCK.begin` to `CLOCK.end` if it calls
+            them, and as a whole.
         evaluate: the loss of all samples.
         predict: the outputs of all samples, as NumPy.
     """

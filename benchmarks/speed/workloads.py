@@ -32,6 +32,7 @@ class Workload:
         rows: makes the arrays `x` and `y` of as many samples; y holds 0 where a word is padding.
         milliseconds: of a step, roughly, for the estimate before anything was measured.
         precisions: in which it is trained.
+        whole: whether a call of `fit` is measured, and not its steps alone.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Workload:
     rows: Callable[[int], Arrays]
     milliseconds: float
     precisions: tuple[str, ...] = ("float32", "bfloat16")
+    whole: bool = False
 
     def arrays(self, steps: int | None = None) -> Arrays:
         """The samples of a run; the last batch of all pictures is smaller than the others."""
@@ -99,10 +101,10 @@ def unet(size: int, steps: int, milliseconds: float) -> Workload:
 
 _ALL = (
     Workload("dense", "Dense(3), 32 × 3, mean squared error", "dense", 32, 1000, dense, 0.9, ("float32",)),
-    Workload("call", "One step of Dense(3): what a call of fit costs", "dense", 32, 1, dense, 40, ("float32",)),
+    Workload("call", "One step of Dense(3): what a call of fit costs", "dense", 32, 1, dense, 40, ("float32",), True),
     Workload("mlp", "MLP 784–512–512–10, 60,000 samples, batches of 128", "mlp", 128, 469, pictures, 5),
-    unet(64, 24, 60),
-    unet(128, 8, 220),
+    unet(64, 32, 60),
+    unet(128, 12, 220),
     unet(256, 4, 850),
     Workload(
         "language",
