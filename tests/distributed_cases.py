@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -382,6 +383,26 @@ def groups_of_other_names(world):
         for name in ("total", "count", "weight", "contribution"):
             np.testing.assert_allclose(found[key][name], row[name], rtol=1e-11, err_msg=f"{key} {name}")
     assert not model.ledger.balance()
+
+
+@case()
+def groups_of_steps(world):
+    """Rows of steps of named groups, of arrays that the ranks share."""
+    x, y = pairs()
+    loss = L.BinaryCrossentropy(**LOGITS) + L.Dice(axis=(0,), from_logits="sigmoid")
+    options = {"batch_size": 4, "epochs": 2, "seed": 3, "verbose": 0, "ledger_steps": 2}
+    options |= {"groups": {"site": [f"site {i % 3}" for i in range(N)]}}
+    tables = []
+    for group in ({}, {"group": world.solo}):
+        ledger = simple(loss=loss, **group).fit(x, y, **options).ledger
+        assert not ledger.balance()
+        tables.append(ledger.table(["epoch", "step", "term", "site"]).rows)
+    assert [row["step"] for row in tables[0]] == [row["step"] for row in tables[1]] and len(tables[0]) > 12
+    key = operator.itemgetter("epoch", "step", "term", "site")
+    for found, expected in zip(*(sorted(table, key=key) for table in tables), strict=True):
+        assert key(found) == key(expected)
+        for name in ("total", "count", "contribution"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-9, err_msg=f"{key(found)} {name}")
 
 
 @case()

@@ -156,6 +156,27 @@ def test_steps_that_are_left_out_count_in_no_group():
     assert not ledger.balance()
 
 
+@pytest.mark.parametrize("loss", ["several", "power of a ratio", "own"])
+@pytest.mark.parametrize("loader", [False, True], ids=["arrays", "batches"])
+@pytest.mark.parametrize("every", [1, 3, 50])
+def test_groups_of_steps_add_up_to_those_of_epochs(loss, loader, every):
+    given = (batches(),) if loader else data()
+    more = {} if loader else {"groups": GROUPS}
+    options = {"batch_size": 4, "epochs": 2, "seed": 1, "verbose": 0, "accumulate": 2, **more}
+    ledger = model(LOSSES[loss]()).fit(*given, ledger_steps=every, **options).ledger
+    assert not ledger.balance()
+    for kind in GROUPS:
+        epochs = by_name(ledger, kind)
+        expect_equal(by_name(model(LOSSES[loss]()).fit(*given, **options).ledger, kind), epochs)
+        lines = ledger.table(["epoch", "step", "term", kind])
+        # Four windows of an epoch.
+        assert {row["step"] for row in lines} == {4 * e + s for e in (0, 1) for s in {*range(every, 5, every), 4}}
+        for (_, epoch, term, group), whole in epochs.items():
+            own = [row for row in lines if (row["epoch"], row["term"], row[kind]) == (epoch, term, group)]
+            for name in ("total", "count"):
+                assert sum(row[name] for row in own) == pytest.approx(whole[name], rel=1e-9, abs=1e-12)
+
+
 class Killed(BaseException):
     """Nothing of the library catches it."""
 
@@ -176,9 +197,8 @@ def test_a_resumed_run_has_every_sample_of_a_group_once(tmp_path, monkeypatch, s
     def fitted(groups=GROUPS, **options):
         given = (batches(),) if loader else data()
         more = {} if loader else {"groups": groups}
-        return (
-            model(LOSSES["several"]()).fit(*given, batch_size=4, epochs=2, seed=1, verbose=0, **more, **options).ledger
-        )
+        more |= {"batch_size": 4, "epochs": 2, "seed": 1, "verbose": 0, "ledger_steps": 3}
+        return model(LOSSES["several"]()).fit(*given, **more, **options).ledger
 
     backup = ll.callbacks.BackupAndRestore(save_freq=1)
     with pytest.raises(Killed):

@@ -185,6 +185,8 @@ class Fitting:
         for step, tallies in result.intervals:
             number = self.progress.step - 1 + step
             rows = posting.rows(self.plan.objective, tallies, "training", epoch + 1, number)
+            groups = result.groups[1].get(step, [])
+            rows += grouping.rows(self.plan.objective, tallies, groups, "training", epoch + 1, number)
             self.ledger.append(spreading.filled(rows, result.spread[1].get(step, {})))
         post(self.ledger, self.plan.objective, result, "training", epoch + 1, self._pooled)
         return result
@@ -269,7 +271,7 @@ def post(
                 ledger.append_groups(split, ids, groups)
     rows = [
         *posting.rows(objective, result.tallies, split, epoch),
-        *grouping.rows(objective, result.tallies, result.groups, split, epoch),
+        *grouping.rows(objective, result.tallies, result.groups[0], split, epoch),
     ]
     ledger.append(
         spreading.filled(rows, result.spread[0]),

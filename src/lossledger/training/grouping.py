@@ -45,6 +45,10 @@ class GroupSums:
     cells: bool
 
 
+# By kind and term.
+Sums = dict[tuple[str, str], Tensor]
+
+
 class Grouping:
     """The sums by group of one pass; nothing is read before its end.
 
@@ -53,14 +57,25 @@ class Grouping:
         names: the groups of the data.
         by: takes what tallies have summed by sample, where they are made with it.
         keep: keep which sample is in which group too; then somebody else takes the sums out of `by`.
+        every: steps of an interval whose sums are kept by themselves, if any; its end is a read.
     """
 
-    def __init__(self, objective: Objective, names: Names, by: AndSamples | None = None, keep: bool = False) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        names: Names,
+        by: AndSamples | None = None,
+        keep: bool = False,
+        every: int | None = None,
+    ) -> None:
         self._objective, self._names, self._by, self._keep = objective, names, by, keep
+        self._every = every
         self._kept: dict[str, list[Tensor]] = {}
         self._kinds: tuple[str, ...] | None = None
         self._step: list[tuple[Mapping[str, Tensor], dict[str, Tensor]]] = []
-        self._sums: dict[tuple[str, str], Tensor] = {}
+        self._sums: Sums = {}
+        self._open: Sums = {}
+        self._closed: list[tuple[int, list[GroupSums]]] = []
         self._cells: dict[str, bool] = {}
 
     def collect(self, batch: Batch, outputs: Any) -> None:
@@ -110,33 +125,44 @@ class Grouping:
             sums += (rows.numerator, rows.total, rows.count, rows.weight)
         return torch.stack([column.double() for column in sums]).reshape(len(sums), size, -1)
 
-    def add(self, bad: Tensor | None = None) -> None:
-        """Add the step whose batches were collected; of one that was left out, as `bad` says, nothing counts."""
+    def add(self, step: int, bad: Tensor | None = None) -> None:
+        """Add the step whose batches were collected, counted from 1; of one that was left out, nothing counts."""
+        rooms = (self._sums,) if self._every is None else (self._sums, self._open)
         for codes, rows in self._step:
             for kind, index in codes.items() if self._keep else ():
                 self._kept.setdefault(kind, []).append(index)
             for term, values in rows.items():
                 kept = values if bad is None else torch.where(bad, torch.zeros_like(values), values)
                 for kind, index in codes.items():
-                    self._room(kind, term, kept).index_add_(1, index.to(kept.device), kept)
+                    for sums in rooms:
+                        self._room(sums, kind, term, kept).index_add_(1, index.to(kept.device), kept)
         self._step = []
+        if self._every is not None and step % self._every == 0:
+            self._closed.append((step, self._read(self._open)))
+            self._open = {}
 
-    def _room(self, kind: str, term: str, like: Tensor) -> Tensor:
+    def _room(self, sums: Sums, kind: str, term: str, like: Tensor) -> Tensor:
         """The sums of a kind, with room for every group that was met."""
-        size, known = self._names.number(kind), self._sums.get((kind, term))
+        size, known = self._names.number(kind), sums.get((kind, term))
         if known is None or known.shape[1] < size:
             wide = like.new_zeros(like.shape[0], size, like.shape[2])
             if known is not None:
                 wide[:, : known.shape[1]] = known
-            self._sums[kind, term] = known = wide
+            sums[kind, term] = known = wide
         return known
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far, and the names."""
+        closed = [
+            (step, [(one.kind, one.term, one.names, torch.from_numpy(one.sums), one.cells) for one in part])
+            for step, part in self._closed
+        ]
         return {
             "kinds": self._kinds,
             "cells": self._cells,
             "sums": list(self._sums.items()),
+            "open": list(self._open.items()),
+            "closed": closed,
             "names": self._names.state_dict(),
             "kept": {kind: torch.cat([part.cpu() for part in parts]) for kind, parts in self._kept.items()},
         }
@@ -145,6 +171,15 @@ class Grouping:
         """Go on from what `state_dict` told."""
         self._kinds, self._cells = state["kinds"], dict(state["cells"])
         self._sums = {key: sums.to(device, copy=True) for key, sums in state["sums"]}
+        # Earlier versions kept no sums of intervals.
+        self._open = {key: sums.to(device, copy=True) for key, sums in state.get("open", ())}
+        self._closed = [
+            (
+                step,
+                [GroupSums(kind, term, tuple(names), sums.numpy(), cells) for kind, term, names, sums, cells in part],
+            )
+            for step, part in state.get("closed", ())
+        ]
         self._names.load_state_dict(state["names"])
         self._kept = {kind: [index] for kind, index in state["kept"].items()}
 
@@ -158,8 +193,16 @@ class Grouping:
 
     def read(self) -> list[GroupSums]:
         """The sums of this process, on the host."""
+        return self._read(self._sums)
+
+    def intervals(self, steps: int) -> list[tuple[int, list[GroupSums]]]:
+        """The sums of every interval by its last step, of which there are `steps` so far."""
+        rest = [(steps, self._read(self._open))] if self._every is not None and steps % self._every else []
+        return [*self._closed, *rest]
+
+    def _read(self, of: Sums) -> list[GroupSums]:
         found = []
-        for (kind, term), sums in self._sums.items():
+        for (kind, term), sums in of.items():
             names = self._names.of(kind)[: sums.shape[1]]
             found.append(GroupSums(kind, term, names, sums.cpu().numpy(), self._cells[term]))
         return found
@@ -183,16 +226,22 @@ def _joined(a: GroupSums, b: GroupSums) -> GroupSums:
 
 
 def rows(
-    objective: Objective, tallies: Mapping[str, Tally], groups: Iterable[GroupSums], split: str, epoch: int
+    objective: Objective,
+    tallies: Mapping[str, Tally],
+    groups: Iterable[GroupSums],
+    split: str,
+    epoch: int,
+    step: int | None = None,
 ) -> Iterator[Row]:
     """The ledger rows of named groups: what each brings to its terms.
 
     Args:
         objective: names the terms.
-        tallies: of the whole pass: what divides.
+        tallies: of the whole pass, or interval: what divides.
         groups: the sums by group.
         split: for the rows.
         epoch: for the rows.
+        step: for the rows.
     """
     for one in groups:
         cells = one.sums.shape[2]
@@ -204,7 +253,7 @@ def rows(
             one.kind, keys, numerator, total, count, weight, tuple(range(cells)) * len(one.names) if one.cells else None
         )
         tally = replace(tallies[one.term], groups=divided)
-        found = [row for row in posting.rows(objective, {one.term: tally}, split, epoch) if row.kind != "term"]
+        found = [row for row in posting.rows(objective, {one.term: tally}, split, epoch, step) if row.kind != "term"]
         for _, parts in groupby(found, key=lambda row: row.group):
             yield _added(list(parts))
 

@@ -43,7 +43,7 @@ class PassResult:
         seconds: duration.
         intervals: the tallies of parts of the pass by their last step, if they were asked for.
         samples: what each sample told, where that is kept.
-        groups: the sums by named group.
+        groups: the sums by named group, and those of each interval by its last step.
         grouped: by kind, the group of each of the samples.
         spread: of the elements, where that was asked for, and of each interval by its last step.
     """
@@ -55,7 +55,7 @@ class PassResult:
     seconds: float
     intervals: Closed = field(default_factory=list)
     samples: Sampling | None = None
-    groups: list[GroupSums] = field(default_factory=list)
+    groups: tuple[list[GroupSums], dict[int, list[GroupSums]]] = field(default_factory=lambda: ([], {}))
     grouped: dict[str, list[str]] = field(default_factory=dict)
     spread: tuple[Found, dict[int, Found]] = field(default_factory=lambda: ({}, {}))
 
@@ -98,7 +98,7 @@ class Pass:
         self.samples = samples
         self.running, self.packed = Running(device), PackedSums()
         self.intervals = None if every is None else Intervals(every, device)
-        self.grouping = None if names is None else Grouping(objective, names, by, samples is not None)
+        self.grouping = None if names is None else Grouping(objective, names, by, samples is not None, every)
         self.spread = Spreading(objective, names, every) if spread else None
         self.measures = Measures(objective, plans)
         self._measured = bool(plans)
@@ -147,7 +147,7 @@ class Pass:
         if self.samples is not None:
             self.samples.add(bad if skip else None)
         if self.grouping is not None:
-            self.grouping.add(bad if skip else None)
+            self.grouping.add(self.steps, bad if skip else None)
         if self.spread is not None:
             self.spread.add(self.steps, bad if skip else None)
         self._last = tallies, kept
@@ -254,12 +254,18 @@ class Pass:
         steps = max(steps for (steps,) in group.agree(self.steps))
         closed = [] if self.intervals is None else of_all_ranks(group.gather(self.intervals.all(self.steps)))
         intervals = [(step, in_order(self.objective, part)) for step, part in closed]
-        sums = [] if self.grouping is None else grouping.of_all_ranks(group.gather(self.grouping.read()))
         seconds = time.perf_counter() - self.started
         grouped = {} if self.grouping is None else self.grouping.kept()
         return PassResult(
-            tallies, logs, measured, steps, seconds, intervals, self.samples, sums, grouped, self._spreads()
+            tallies, logs, measured, steps, seconds, intervals, self.samples, self._groups(), grouped, self._spreads()
         )
+
+    def _groups(self) -> tuple[list[GroupSums], dict[int, list[GroupSums]]]:
+        if self.grouping is None:
+            return [], {}
+        ranks = self.group.gather((self.grouping.read(), dict(self.grouping.intervals(self.steps))))
+        parts = {step: grouping.of_all_ranks(found[step] for _, found in ranks) for step in ranks[0][1]}
+        return grouping.of_all_ranks(whole for whole, _ in ranks), parts
 
     def _spreads(self) -> tuple[Found, dict[int, Found]]:
         if self.spread is None:
