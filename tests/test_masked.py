@@ -13,6 +13,7 @@ from torch import nn
 import lossledger as ll
 from lossledger.ledger import Ledger, Row
 from lossledger.report import as_text, build_view
+from lossledger.report.html import render
 from lossledger.report.plain import as_dict
 from lossledger.tally import Tally
 from lossledger.training.intervals import Intervals
@@ -264,7 +265,9 @@ def test_the_table_of_classes_shows_how_far_they_reach():
     text = as_text(view)
     assert "smallest" in text and "largest" in text and "root mean square" in text
     assert max(map(len, text.splitlines())) <= 80
+    page = render(view)
+    assert ">smallest</th>" in page and "are of its elements of binary_crossentropy, without weights." in page
     assert as_dict(view)["runs"][0]["tables"][0]["rows"][1]["reach"]["maximum"] == reach.maximum
     plain = model()
     plain.fit(x, y, verbose=0)
-    assert "smallest" not in as_text(build_view(plain.ledger))
+    assert "smallest" not in as_text(build_view(plain.ledger)) + render(build_view(plain.ledger))
