@@ -2,8 +2,8 @@
 
 Every contender runs in a process of its own (`benchmarks/speed`), kept warm and as its documentation recommends; one
 runs at a time, in turn, several times. A run is one call of `fit` for one epoch. The table shows medians and the ratio
-pair by pair, to torch tuned by hand and to lossledger in float32. Before anything is timed, all contenders must compute
-the same loss from the same weights.
+pair by pair, to torch tuned by hand and to lossledger in float32. A contender that computes another loss from the
+same weights is left out.
 
     python benchmarks/trainers.py [--workloads dense unet-64 …] [--contenders tuned ours …] [--precisions float32]
         [--repeats 5] [--steps N] [--jax PYTHON] [--tensorflow PYTHON] [--dry]

@@ -70,6 +70,14 @@ def test_another_loss_is_found():
     assert set(race.disagreeing(losses, precisions)) == {"c", "e"}
 
 
+def test_who_computes_another_loss_is_not_timed(monkeypatch):
+    monkeypatch.setattr(race, "disagreeing", lambda losses, precisions: {"ours": f"{len(losses)} losses"})
+    here = {"here": sys.executable}
+    found = race.run(WORKLOADS["call"], ["tuned", "ours"], ["float32"], ["train"], 1, None, 1, here)
+    assert found["left_out"] == {"ours": "2 losses"}
+    assert [row["contender"] for row in found["rows"]] == ["tuned"]
+
+
 def test_contenders_run_in_turn_and_who_cannot_is_named(monkeypatch, capsys):
     added = contenders.Contender("absent", "one that is not here", "no_such_trainer")
     monkeypatch.setitem(race.CONTENDERS, "absent", added)

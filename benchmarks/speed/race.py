@@ -115,10 +115,13 @@ class Race:
             try:
                 found[name] = worker.started() if do == "start" else worker.ask(do, **rest)
             except (LeftOutError, BrokenPipeError) as error:
-                self.left_out[name] = str(error)
-                print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
-                self.workers.pop(name).end()
+                self.leave(name, str(error))
         return found
+
+    def leave(self, name: str, why: str) -> None:
+        self.left_out[name] = why
+        print(f"{name} is left out: {why}", file=sys.stderr, flush=True)
+        self.workers.pop(name).end()
 
     def end(self) -> None:
         for worker in self.workers.values():
@@ -156,11 +159,7 @@ def run(
     threads: int,
     pythons: dict[str, str],
 ) -> dict[str, Any]:
-    """Everything measured of a workload: rows, versions, who was left out.
-
-    Raises:
-        SystemExit: contenders that compute another loss from the same weights.
-    """
+    """Everything measured of a workload: rows, versions, and who was left out, such as one with another loss."""
     with tempfile.TemporaryDirectory() as folder:
         count = prepare(workload, steps, Path(folder))
         chosen = [
@@ -181,9 +180,8 @@ def _run(race: Race, workload: Workload, whats: Sequence[str], repeats: int, sam
     made = race.all("start")
     precisions = {name: worker.precision for name, worker in race.workers.items()}
     losses = {name: found["loss"] for name, found in race.all("loss").items()}
-    wrong = disagreeing(losses, precisions)
-    if wrong:
-        raise SystemExit(f"{workload.name}: " + "; ".join(f"{name}: {why}" for name, why in wrong.items()))
+    for name, why in disagreeing(losses, precisions).items():
+        race.leave(name, why)
     times: dict[str, dict[str, list[float]]] = {what: {} for what in whats}
     faults: dict[str, dict[str, int]] = {what: {} for what in whats}
     for what in whats:
