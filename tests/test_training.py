@@ -1327,7 +1327,7 @@ def test_a_step_reads_nothing_on_the_host(monkeypatch, optimizer, case):
     assert counts[1] - counts[0] == 0
 
 
-CALL_BUDGET = 102
+CALL_BUDGET = 94
 
 
 def test_a_step_makes_few_python_calls():

@@ -142,7 +142,8 @@ def _checker(objective: Objective, data: ArrayData) -> Check:
 
 def _asked(plan: StepPlan, data: ArrayData, device: torch.device) -> dict[str, Tensor]:
     """The outputs with a loss for two samples: of one, a shape that follows the batch looks like any other."""
-    probe = to_device(next(data.part(0, min(2, data.length)).batches(2, None)), device)
+    # A copy: the model may write into its inputs.
+    probe = to_device(data.again(torch.arange(min(2, data.length))), device)
     with evaluating(plan.net), torch.no_grad():
         outputs = run_forward(plan.forward, probe.x, plan.autocast, device.type)
     at_rest(plan.net)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +16,10 @@ from lossledger.errors import EmptyDataError, InputError, InputTypeError
 from lossledger.training.named import Names
 from lossledger.weighting import as_mask
 
+# Batches that are taken from arrays together: one call for many small ones, and few bytes beside a large one.
+AT_ONCE = 64
+AT_ONCE_BYTES = 2**20
+
 
 def _slicer(start: int, stop: int) -> Callable[[Tensor], Tensor]:
     return lambda a: a[start:stop]
@@ -26,6 +31,20 @@ def _picker(ids: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _converter(what: str, dtype: torch.dtype) -> Callable[[Any], Tensor]:
     return lambda value: to_tensor(value, what, dtype)
+
+
+def _column(part: Any, take: Callable[[Tensor], Tensor], size: int) -> Iterable[Any]:
+    """Some samples of an array, or of a structure of arrays, by batches of a size; `None` for each without any."""
+    if part is None:
+        return itertools.repeat(None)
+    if isinstance(part, Tensor):
+        # Parts that autograd takes for tensors of their own: a model may write into its inputs.
+        return take(part).unsafe_split(size)
+    taken = map_structure(take, part)
+    first = next(leaves(taken), None)
+    if first is None:
+        return itertools.repeat(taken)
+    return (map_structure(_slicer(start, start + size), taken) for start in range(0, len(first), size))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,8 +75,26 @@ class ArrayData:
 
     def batches(self, batch_size: int, order: Tensor | None, taken: int = 0) -> Iterator[Batch]:
         """The batches of an epoch but the first `taken`, in the given order of the samples; the last may be smaller."""
-        for start in range(taken * batch_size, self.length, batch_size):
-            yield self.between(start, min(start + batch_size, self.length), order)
+        several = self._at_once(batch_size, order)
+        for first in range(taken - taken % several, self.steps(batch_size), several):
+            start, stop = first * batch_size, min((first + several) * batch_size, self.length)
+            ids = torch.arange(start, stop) if order is None else order[start:stop]
+            take = _slicer(start, stop) if order is None else _picker(ids)
+            columns = [_column(part, take, batch_size) for part in (self.x, self.y, self.sample_weight, self.mask)]
+            # What a run that goes on has seen is passed over: its batches must lie in memory where they lay.
+            yield from itertools.islice(
+                map(Batch, *columns, _column(self.groups, take, batch_size), ids.unsafe_split(batch_size)),
+                max(0, taken - first),
+                None,
+            )
+
+    def _at_once(self, batch_size: int, order: Tensor | None) -> int:
+        """How many batches are taken from the arrays in one call for each, and divided: few where they are copies."""
+        if order is None:
+            return AT_ONCE
+        arrays = leaves([self.x, self.y, self.sample_weight, self.mask, self.groups])
+        sample = sum(a.element_size() * a.numel() // self.length for a in arrays)
+        return max(1, min(AT_ONCE, AT_ONCE_BYTES // max(1, sample * batch_size)))
 
     def between(self, start: int, stop: int, order: Tensor | None) -> Batch:
         """The batch of the samples from `start` to `stop` of the given order."""
