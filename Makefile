@@ -56,6 +56,7 @@ bench: $(VENV)/.dev exactness
 	$(BIN)/python benchmarks/window.py
 	$(BIN)/python benchmarks/samples.py
 	$(BIN)/python benchmarks/rows.py
+	$(BIN)/python benchmarks/calls.py
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/vocabulary.py
 
