@@ -208,6 +208,44 @@ def open_window(world, wrapper):
     expect_gradients(net, other)
 
 
+class Synchronized(nn.SyncBatchNorm):
+    """What torch's does on GPUs alone: sums over the ranks in train mode, in the forward and in the backward."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        sums = torch.cat([x.sum(0), x.square().sum(0), x.new_full((1,), len(x))])
+        *sums, count = torch.distributed.nn.functional.all_reduce(sums).split([self.num_features] * 2 + [1])
+        mean = sums[0] / count
+        variance = sums[1] / count - mean.square()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
+
+
+@case()
+def batch_norm_over_ranks_without_data(world):
+    """A rank without data takes part in the statistics of the others with no sample: nobody waits, all are alike."""
+    x, y = pairs()
+    torch.manual_seed(2)
+    net, other = (
+        nn.Sequential(nn.Linear(3, 4), norm(4), nn.Tanh(), nn.Linear(4, 2)).double()
+        for norm in (Synchronized, nn.BatchNorm1d)
+    )
+    other.load_state_dict(net.state_dict())
+    batches = [(x[:9], y[:9]), (x[9:], y[9:])]
+    for loss in (L.BinaryCrossentropy(**LOGITS), L.Dice(from_logits="sigmoid")):
+        objective = ll.Objective(loss)
+        expected = objective.step(batches, other, process_group=world.solo)
+        found = objective.step(batches if world.rank == world.size - 1 else [], net)
+        np.testing.assert_allclose(found.value, expected.value, rtol=1e-10)
+        expect_gradients(net, other, 1e-9)
+        for mine, theirs in zip(net.buffers(), other.buffers(), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-10)
+
+
 @case()
 def step_by_sample(world):
     """Rows by sample are numbered over the ranks."""

@@ -23,15 +23,34 @@ def moving(model: nn.Module) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def still(model: nn.Module | None) -> Iterator[None]:
-    """In eval mode meanwhile: a forward moves neither running statistics nor random numbers."""
+    """In eval mode meanwhile: a forward moves no random numbers, and its row is in no statistics.
+
+    Layers that normalize over all ranks still take part in what they exchange.
+    """
     modes = [] if model is None else [(module, module.training) for module in model.modules()]
+    joining = [m.register_forward_hook(_joined) for m, mode in modes if mode and isinstance(m, nn.SyncBatchNorm)]
     if model is not None:
         model.eval()
     try:
         yield
     finally:
+        for hook in joining:
+            hook.remove()
         for module, mode in modes:
             module.training = mode
+
+
+def _joined(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A row after the layer has run on no sample: others wait for it, in the forward and in the backward.
+
+    The row is cut off from the statistics, which the run has moved, but not from the layers before this one.
+    """
+    module.training = True
+    try:
+        nothing: Tensor = module.forward(inputs[0][:0])
+    finally:
+        module.training = False
+    return output.detach() + nothing.sum() + 0 * inputs[0].sum()
 
 
 class Replay:
