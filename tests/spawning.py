@@ -39,10 +39,11 @@ def _work(rank, size, port, timeout, target, arguments, out):
         dist.destroy_process_group()
 
 
-def run_ranks(target, size, *arguments, limit=120, timeout=30, out=None):
+def run_ranks(target, size, *arguments, limit=120, timeout=30, out=None, gone=()):
     """Run `target(rank, size, *arguments, out=folder)` in processes; return the folder and the exit codes.
 
-    A process that lives longer than `limit` seconds is killed, and its code is "hung".
+    A process that lives longer than `limit` seconds is killed, and its code is "hung"; so is one of the ranks `gone`
+    that lives on when the others have ended.
     """
     folder = out or tempfile.mkdtemp()
     context = multiprocessing.get_context("spawn")
@@ -54,16 +55,17 @@ def run_ranks(target, size, *arguments, limit=120, timeout=30, out=None):
     for process in processes:
         process.start()
     end = time.monotonic() + limit
-    codes = []
-    for process in processes:
-        process.join(max(0.1, end - time.monotonic()))
+    codes = {}
+    for rank in sorted(range(size), key=lambda rank: rank in gone):
+        process = processes[rank]
+        process.join(0.1 if rank in gone else max(0.1, end - time.monotonic()))
         if process.is_alive():
             process.kill()
             process.join()
-            codes.append("hung")
+            codes[rank] = "hung"
         else:
-            codes.append(process.exitcode)
-    return Path(folder), codes
+            codes[rank] = process.exitcode
+    return Path(folder), [codes[rank] for rank in range(size)]
 
 
 def run_cases(rank, size, module, out):

@@ -78,7 +78,7 @@ def leave(rank, size, how, out):
 @pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_rank_that_is_gone_is_an_error_of_the_others_and_the_ledger_is_whole(how, tmp_path):
     """A killed process closes its connections; a stopped one is noticed by the timeout of the group."""
-    _, codes = run_ranks(leave, 3, how, out=tmp_path, limit=25, timeout=5)
+    _, codes = run_ranks(leave, 3, how, out=tmp_path, limit=120, timeout=5, gone=(1,))
     assert codes[1] == (-signal.SIGKILL if how == "killed" else "hung")
     for rank in (0, 2):
         seconds, said = (tmp_path / f"said-{rank}").read_text().split("\n", 1)
