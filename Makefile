@@ -53,6 +53,7 @@ check: $(VENV)/.dev
 # Speed, measured beside plain torch in one run, then exactness; prints tables and writes benchmarks/results.
 bench: $(VENV)/.dev exactness
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/window.py
 	$(BIN)/python benchmarks/samples.py
 	$(BIN)/python benchmarks/rows.py

@@ -5,16 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from held import Held
+from moved import Moved
 
 import lossledger as ll
-from checks import as_tensor, case, close, value_and_gradient
+from checks import as_tensor, case, close, tensors, value_and_gradient
 from declarations import REDUCTIONS, ROWS
 from lossledger import values, weighting
 from lossledger.losses import backward
 from lossledger.losses.groups import AndSamples, column_sums
+from lossledger.objective.breakdown import Whole
 from lossledger.weighting import zeroed
 
 CLOSED = [pytest.param(row, id=row.name) for row in ROWS if row.closed]
+# By what is given: operations, and passes over the output.
+COSTS = [("nothing", 110, 40), ("weights", 150, 53), ("mask", 165, 63), ("everything", 195, 70)]
 NUMBERS = ("numerator", "divisor", "count", "weight", "nonfinite")
 ROWS_OF_GROUPS = ("numerator", "total", "count", "weight")
 
@@ -58,6 +63,44 @@ def test_parts_are_the_whole(row, reduction, given, large):
     window = loss.tally(y, p, w, m) + loss.tally(y, p, w, m)
     assert close(loss.backprop(y, p, w, m, window=window)[1], gradient * (1 if reduction == "sum" else 0.5))
     assert close(plain.value, found.value)
+
+
+@pytest.mark.parametrize("row", CLOSED)
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean_per_sample"])
+@pytest.mark.parametrize("given", ["mask", "both"])
+@pytest.mark.parametrize("window", [False, True])
+def test_an_objective_takes_pieces_to_the_whole(row, reduction, given, window, large):
+    y, p, w, m = tensors(case(row, 3, samples=13, weights=given != "mask", masks=given != "weights"))
+    p = torch.as_tensor(p).requires_grad_()
+    loss = row.make(reduction=reduction)
+    objective = ll.Objective(loss)
+    tally = loss.tally(y, p.detach(), w, m)
+    whole = Whole({loss.name: tally + tally}, 26) if window else None
+    kinds = (None, *row.kinds)
+    plain = [objective.backprop(y, p, w, m, by, whole=whole) for by in kinds]
+    large()
+    for by, one in zip(kinds, plain, strict=True):
+        found = objective.backprop(y, p, w, m, by, whole=whole)
+        assert found.roots[0] is p and close(found.gradients[0], one.gradients[0])
+        same(found.tallies[loss.name], one.tallies[loss.name])
+
+
+@pytest.mark.parametrize("given", ["nothing", "weights", "mask", "both"])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_class_weights_and_axes_of_pieces(given, axis, large):
+    y, p = (torch.rand(13, 4, 5, 3) < 0.4).double(), torch.randn(13, 4, 5, 3).double()
+    w, m = torch.rand(13, 4).double(), torch.rand(13, 4, 5) < 0.7
+    if axis == 1:
+        y, p, w, m = y.movedim(-1, 1), p.movedim(-1, 1), w, m
+    w, m = w if given in ("weights", "both") else None, m if given in ("mask", "both") else None
+    loss = ll.losses.BinaryCrossentropy(from_logits=True, axis=axis, label_smoothing=0.1)
+    objective = ll.Objective(loss, class_weight={0: 3.0, 2: 0.5})
+    plain = objective.backprop(y, p.requires_grad_(), w, m)
+    large()
+    found = objective.backprop(y, p, w, m)
+    assert close(found.gradients[0], plain.gradients[0])
+    same(found.tallies[loss.name], plain.tallies[loss.name])
+    assert not objective.backprop(y, p.detach(), w, m).roots
 
 
 @pytest.mark.parametrize("row", CLOSED)
@@ -198,3 +241,51 @@ def test_the_first_of_equal_targets_is_the_label():
     y[1, 2:] = 0.5
     y[2, 3] = float("nan")
     assert torch.equal(values.largest(y), y.argmax(-1)) and values.largest(y)[:3].tolist() == [0, 2, 3]
+
+
+# --- what large batches cost, by count -------------------------------------------------------------------------------
+
+
+def exclusive(one_hot):
+    labels = torch.randint(1000, (2, 1024))
+    if one_hot:
+        return ll.losses.CategoricalCrossentropy(from_logits=True), torch.eye(1000)[labels]
+    return ll.losses.SparseCategoricalCrossentropy(from_logits=True), labels
+
+
+def problem(kind):
+    if kind == "binary":
+        return ll.losses.BinaryCrossentropy(from_logits=True), (torch.rand(64, 128, 64, 4) < 0.2).float()
+    return exclusive(kind == "one-hot")
+
+
+@pytest.mark.parametrize("kind", ["binary", "labels", "one-hot"])
+@pytest.mark.parametrize("given", ["nothing", "everything"])
+def test_large_batches_hold_the_gradient_and_little_else(kind, given):
+    """In numbers of the output; torch's own losses hold two (binary) or three of them, without weights or masks."""
+    loss, y = problem(kind)
+    shape = y.shape if kind != "labels" else (*y.shape, 1000)
+    p = torch.randn(shape).requires_grad_()
+    w, m = torch.rand(shape[:-1]), torch.rand(shape[:-1]) < 0.9
+    everything = given == "everything"
+    objective = ll.Objective(loss, class_weight=torch.rand(shape[-1]).tolist() if everything else None)
+    backward._KEPT.scratch = None
+    with Held() as held:
+        objective.backprop(y, p, *((w, m) if everything else ()), by="class")
+    # What a mask makes of targets and outputs of exclusive classes is held beside it.
+    safe = {"labels": 1, "one-hot": 2}.get(kind, 0) if everything else 0
+    assert held.most <= (1 + safe) * p.numel() * 4 + 10 * backward.PART * 4
+
+
+@pytest.mark.parametrize(("given", "calls", "passes"), COSTS)
+def test_operations_and_passes_of_a_large_batch(given, calls, passes):
+    """Of the U-Net's output, 16 × 64 × 64 × 5, by class; passes are bytes read and written, in outputs."""
+    y, p = (torch.rand(16, 64, 64, 5) < 0.2).float(), torch.randn(16, 64, 64, 5, requires_grad=True)
+    w = torch.rand(16, 64, 64) if given in ("weights", "everything") else None
+    m = torch.rand(16, 64, 64) < 0.9 if given in ("mask", "everything") else None
+    classes = [1.0, 2.0, 3.0, 4.0, 5.0] if given == "everything" else None
+    objective = ll.Objective(ll.losses.BinaryCrossentropy(from_logits=True), class_weight=classes)
+    objective.backprop(y, p, w, m)
+    with Moved() as moved:
+        objective.backprop(y, p, w, m)
+    assert moved.calls <= calls and moved.bytes <= passes * p.numel() * 4, (moved.calls, moved.bytes / p.numel() / 4)

@@ -54,10 +54,10 @@ def backprop(loss: Loss, batch: Aligned, window: Tally | None, factor: float, by
                 return None
             elements, gradient = closed
             tally = loss._tally_elements(batch, elements, by)
-            scale = _scale(tally if window is None else window, factor, raw.dtype)
-            _multiply(gradient, _entry_weight(loss, batch, gradient), scale, gradient)
+            scale = scale_of(tally if window is None else window, factor, raw.dtype)
+            multiply(gradient, entry_weight(loss, batch, gradient), scale, gradient)
             return tally, gradient
-        scale = _scale(loss.divisor_aligned(batch) if window is None else window, factor, raw.dtype)
+        scale = scale_of(loss.divisor_aligned(batch) if window is None else window, factor, raw.dtype)
         gradient = torch.empty(raw.shape, dtype=raw.dtype)
         if loss.one_element:
             return _by_entries(loss, batch, rows, scale, gradient, by)
@@ -78,18 +78,20 @@ def _in_parts(loss: Loss, batch: Aligned, raw: Tensor, by: By) -> int | None:
     return samples if samples < raw.shape[0] else None
 
 
-def _scratch() -> Scratch:
+def scratch_of_thread() -> Scratch:
+    """The buffers of this thread."""
     found: Scratch | None = getattr(_KEPT, "scratch", None)
     if found is None:
         found = _KEPT.scratch = Scratch()
     return found
 
 
-def _scale(whole: Tally, factor: float, dtype: torch.dtype) -> Any:
+def scale_of(whole: Tally, factor: float, dtype: torch.dtype) -> Any:
+    """What multiplies each derivative: `factor` over the divisor."""
     return factor * whole.coefficient * reciprocal(whole.divisor + whole.offset, dtype)
 
 
-def _entry_weight(loss: Loss, batch: Aligned, slopes: Tensor) -> Tensor | None:
+def entry_weight(loss: Loss, batch: Aligned, slopes: Tensor) -> Tensor | None:
     """The factor on each derivative, as it multiplies fastest."""
     weights = batch.weighting
     if loss.reduction.rescale is None and weights.shape == slopes.shape:
@@ -97,21 +99,22 @@ def _entry_weight(loss: Loss, batch: Aligned, slopes: Tensor) -> Tensor | None:
     return loss._entry_weight(batch)
 
 
-def _multiply(slopes: Tensor, weight: Tensor | None, scale: Any, out: Tensor) -> None:
+def multiply(slopes: Tensor, weight: Tensor | None, scale: Any, out: Tensor) -> None:
     """Slopes × weight × scale, in `out`, which may be the slopes; what is small is multiplied first."""
-    if weight is None:
+    if weight is not None and weight.shape != slopes.shape:
+        weight = weight.to(slopes.dtype)
+        weight, scale = (weight, None) if scale is None else (None, weight * scale)
+    if weight is not None:
+        slopes.mul_(weight)
+    if scale is not None:
         torch.mul(slopes, scale, out=out)
-    elif weight.shape == slopes.shape:
-        torch.mul(slopes.mul_(weight), scale, out=out)
-    else:
-        torch.mul(slopes, weight.to(slopes.dtype) * scale, out=out)
 
 
 def _by_samples(
     loss: Loss, batch: Aligned, samples: int, scale: Any, gradient: Tensor, by: By
 ) -> tuple[Tally, Tensor] | None:
     """Part after part of whole samples; tallies of parts add up to the tally of the batch."""
-    tallies, apart, scratch = [], [], _scratch()
+    tallies, apart, scratch = [], [], scratch_of_thread()
     for start in range(0, gradient.shape[0], samples):
         rows = slice(start, start + samples)
         scratch.take_back()
@@ -123,10 +126,10 @@ def _by_samples(
         tallies.append(loss._tally_elements(part, closed[0], kind))
         if isinstance(kind, grouping.AndSamples):
             apart.append(kind.taken[batch.where][0])
-        _multiply(closed[1], _entry_weight(loss, part, closed[1]), scale, gradient[rows])
+        multiply(closed[1], entry_weight(loss, part, closed[1]), scale, gradient[rows])
     if isinstance(by, grouping.AndSamples):
         by.taken[batch.where] = _appended(apart), batch
-    return _added(tallies), gradient
+    return added(tallies), gradient
 
 
 def _by_entries(
@@ -140,7 +143,7 @@ def _by_entries(
     if weight is not None:
         weight = (weight.to(gradient.dtype) * scale).expand(batch.weighting.shape).reshape(-1, 1)
     true = batch.y_true.reshape(-1, classes) if batch.y_true.ndim == gradient.ndim else batch.y_true.reshape(-1)
-    scratch = _scratch()
+    scratch = scratch_of_thread()
     flat = batch.prediction.map(lambda values: values.reshape(-1, classes))
     for start in range(0, len(slopes), entries):
         rows = slice(start, start + entries)
@@ -173,7 +176,7 @@ def _samples(batch: Aligned, rows: slice, scratch: Scratch) -> Aligned:
     )
 
 
-def _added(tallies: Sequence[Tally]) -> Tally:
+def added(tallies: Sequence[Tally]) -> Tally:
     """The sum of the tallies of parts; rows without keys follow each other."""
     groups = [tally.groups for tally in tallies if tally.groups is not None]
     if not groups or groups[0].keys is not None:

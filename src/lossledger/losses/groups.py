@@ -5,6 +5,7 @@ Each function takes weighted elements (`[B, d…, C]`, detached) and returns the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from math import prod
 
@@ -99,29 +100,34 @@ def _each_once(
     return sums
 
 
+def _split(values: Tensor | None, weighted: Tensor, weighting: Weighting, presence: Tensor | None) -> Tensor:
+    """The rows of `by_column` for values that broadcast to the elements; their number for `None`."""
+    # No function inside another that calls itself: such a circle would keep the batch until it is collected.
+    columns, device = weighting.shape[-1], weighted.device
+    if values is not None and values.numel() == columns == values.shape[-1] and weighting.shape != values.shape:
+        # One weight a column: no pass over the elements.
+        number = _split(None, weighted, weighting, presence)
+        return number * (values.reshape(-1) if presence is None else values.reshape(-1).repeat(2))
+    whole = _columns(values, weighting, device)
+    if presence is None:
+        return whole
+    if values is None or values is weighting.mask:
+        # The target of a masked element is 0: it is absent.
+        part = _count(presence)
+    else:
+        wide = weighting.product_for(weighted) if values is weighting.product else values
+        assert wide is not None
+        part = column_sums(torch.mul(wide, presence, out=weighting.passing(weighted)))
+    return torch.cat((part, whole - part))
+
+
 def by_column(kind: str, weighted: Tensor, total: Tensor, weighting: Weighting, presence: Tensor | None) -> Groups:
     """Rows by column of the class axis; with `presence` (see `present`) each is split in two.
 
     Rows are in the order column 0 … C−1 (present, where split), then column 0 … C−1 absent.
     """
-    columns, device = weighting.shape[-1], weighted.device
-
-    def rows(values: Tensor | None) -> Tensor:
-        if values is not None and values.numel() == columns == values.shape[-1] and weighting.shape != values.shape:
-            # One weight a column: no pass over the elements.
-            return rows(None) * (values.reshape(-1) if presence is None else values.reshape(-1).repeat(2))
-        whole = _columns(values, weighting, device)
-        if presence is None:
-            return whole
-        if values is None or values is weighting.mask:
-            # The target of a masked element is 0: it is absent.
-            part = _count(presence)
-        else:
-            wide = weighting.product_for(weighted) if values is weighting.product else values
-            assert wide is not None
-            part = column_sums(torch.mul(wide, presence, out=weighting.passing(weighted)))
-        return torch.cat((part, whole - part))
-
+    columns = weighting.shape[-1]
+    rows = functools.partial(_split, weighted=weighted, weighting=weighting, presence=presence)
     sums = _each_once(rows, weighted, total, weighting)
     if presence is None:
         keys = tuple((column, "") for column in range(columns))
