@@ -14,6 +14,8 @@ from torch import nn
 
 import lossledger as ll
 from lossledger.errors import InputError, InputTypeError, NonFiniteError
+from lossledger.training.data import array_data
+from lossledger.training.jit import Course
 from lossledger.training.updates import supported
 
 L, O = ll.losses, torch.optim
@@ -138,9 +140,10 @@ def test_what_is_not_finite_is_raised_before_it_reaches_the_weights():
 
 
 REFUSED = {
-    "RMSprop is none of the optimizers": ({"optimizer": "rmsprop"}, {}),
+    "Rprop is none of the optimizers": ({"optimizer": lambda p: O.Rprop(p)}, {}),
     "reproducible totals": ({"reproducible": True}, {}),
-    "a step of several batches": ({}, {"accumulate": 2}),
+    # The last step is of one batch.
+    "a step of several batches": ({}, {"accumulate": 3}),
     "tensors as rates": ({"optimizer": lambda p: O.Adam(p, torch.tensor(0.01))}, {}),
 }
 
@@ -198,11 +201,12 @@ def test_batch_norm_refuses_a_smaller_last_batch():
     model.compile("sgd", "mse", jit=True)
     with pytest.raises(InputError, match=r"'1' normalizes .* batch of 4 cannot be filled up to the 16 .* jit=False"):
         model.fit(X, REAL, batch_size=SIZE, verbose=0)
+    plan, data = model._compiled().plan, array_data(X, REAL)
+    # Statistics that stand still, and steps that never come to the smaller batch.
     net[1].eval()
-    model._compiled().plan.jit.begin(model._compiled().plan, ll.training.data.array_data(X, REAL), SIZE, None)
+    plan.jit.begin(plan, Course(data, SIZE))
     net[1].train()
-    # Steps that never come to the smaller batch.
-    model._compiled().plan.jit.begin(model._compiled().plan, ll.training.data.array_data(X, REAL), SIZE, 3)
+    plan.jit.begin(plan, Course(data, SIZE, steps=3))
 
 
 def test_a_compiled_step_makes_few_python_calls():
@@ -268,6 +272,9 @@ CASES = {
     "adamw": (network, REAL, {"optimizer": "adamw", "loss": "mae"}, {}),
     "amsgrad": (network, REAL, {"optimizer": lambda p: O.Adam(p, 0.01, amsgrad=True, maximize=True)}, {}),
     "several groups": (network, REAL, {"optimizer": flat_groups, "loss": "huber"}, {}),
+    "adagrad": (network, REAL, {"optimizer": "adagrad"}, {}),
+    "nadam": (network, REAL, {"optimizer": "nadam"}, {}),
+    "rmsprop": (network, REAL, {"optimizer": lambda p: O.RMSprop(p, 0.01, momentum=0.5, centered=True)}, {}),
     "not gated": (network, REAL, {"on_nonfinite": "record"}, {}),
     "class weights": (
         network,
@@ -304,3 +311,108 @@ CASES = {
 def test_every_kind_of_step_is_the_plain_one(case):
     net, y, compiled, options = CASES[case]
     compared(net(), X, y, {"loss": "mse", **compiled}, **options)
+
+
+@pytest.mark.slow
+def test_batches_of_an_iterable_are_filled_up_and_checked():
+    def batches(sizes):
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        return [(X[end - size : end], SOME[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+    plain, jitted = (
+        fitted(jit, network(), batches([16, 16, 4, 16]), None, {"loss": BCE}, batch_size=1) for jit in (False, True)
+    )
+    check_same(plain, jitted)
+    # One for batches as they are, and one for those that are filled up.
+    assert len(programs(jitted[0])) == 2 and jitted[2] == []
+    before = copy.deepcopy(jitted[0].net.state_dict())
+    with pytest.raises(InputError, match=r"targets must be in \[0, 1\]"):
+        jitted[0].fit([(X[:16], SOME[:16] + 1)], verbose=0)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), jitted[0].net.state_dict().values(), strict=True))
+
+
+@pytest.mark.slow
+def test_batch_norm_refuses_a_smaller_batch_of_an_iterable_and_takes_single_ones():
+    model = ll.Model(normalizing())
+    model.compile("sgd", "mse", jit=True)
+    with pytest.raises(InputError, match="a batch of 4 cannot be filled up to the 16"):
+        model.fit([(X[:16], REAL[:16]), (X[16:32], REAL[16:32]), (X[48:], REAL[48:])], verbose=0)
+    numbers = [model.train_on_batch(X[:size], REAL[:size]) for size in (16, 4, 16)]
+    # Of fit, with a ledger by class, and of two sizes of single batches.
+    assert len(programs(model)) == 3 and all(number > 0 for number in numbers)
+
+
+@pytest.mark.slow
+def test_single_batches_are_those_of_the_plain_step():
+    models = [ll.Model(network()) for _ in range(2)]
+    for jit, model in enumerate(models):
+        model.compile("adam", "mse", jit=bool(jit))
+    for _ in range(3):
+        assert close(*(model.train_on_batch(X, REAL, sample_weight=WEIGHT) for model in models))
+    assert len(programs(models[1])) == 1
+    assert all(close(a, b) for a, b in zip(models[0].net.parameters(), models[1].net.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_class_weights_that_come_again_find_their_program():
+    model = ll.Model(network())
+    model.compile("adam", L.SparseCategoricalCrossentropy(from_logits=True), jit=True)
+    for weights in ({0: 2.0}, {0: 2.0}, {0: 3.0}, {0: 2.0}):
+        model.fit(X[:48], LABELS[:48], batch_size=SIZE, class_weight=weights, verbose=0)
+    assert len(programs(model)) == 2
+    assert programs(copy.deepcopy(model)) == []
+
+
+@pytest.mark.slow
+def test_numbers_of_the_optimizer_may_change_in_any_step():
+    class Changing(ll.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs):
+            group = self.model.optimizer.param_groups[0]
+            # Weight decay that begins asks for another program.
+            group["lr"], group["weight_decay"] = 0.1 / (batch + 1), 0.1 * (batch > 1)
+
+    def run(jit):
+        return fitted(jit, network(), X, REAL, {"loss": "mse"}, samples=48, callbacks=[Changing()])
+
+    plain, jitted = run(False), run(True)
+    check_same(plain, jitted)
+    assert len(programs(jitted[0])) == 2 and jitted[2] == []
+
+
+class Stop(BaseException):
+    """Nothing of the library catches it."""
+
+
+class Interrupt(ll.callbacks.Callback):
+    """Ends the process at a step."""
+
+    def __init__(self, step):
+        self.left = step
+
+    def on_train_batch_end(self, batch, logs):
+        self.left -= 1
+        if self.left == 0:
+            raise Stop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metrics", [None, ["mae"]])
+def test_a_run_that_is_resumed_is_bit_for_bit_the_one_that_was_not_interrupted(tmp_path, metrics):
+    def run(name, stop=None, resume=False):
+        model = ll.Model(network(inside=lambda: nn.Dropout(0.3)))
+        model.compile("adam", "mse", jit=True, ema=0.9, metrics=metrics)
+        torch.manual_seed(3)
+        used = [ll.callbacks.BackupAndRestore(1), *([] if stop is None else [Interrupt(stop)])]
+        options = {"epochs": 2, "batch_size": SIZE, "seed": 0, "verbose": 0, "callbacks": used}
+        history = model.fit(X, REAL, run_dir=tmp_path / name, resume=resume, **options)
+        state = model.optimizer.state_dict()["state"]
+        return model.net.state_dict(), state, history.history, history.ledger.rows
+
+    whole = run("whole")
+    for stop in (2, 3, 6):
+        with pytest.raises(Stop):
+            run(f"{stop}", stop)
+        weights, state, history, rows = run(f"{stop}", resume=True)
+        assert all(torch.equal(a, weights[name]) for name, a in whole[0].items())
+        assert all(torch.equal(a, state[p][name]) for p, slots in whole[1].items() for name, a in slots.items())
+        assert (history, rows) == whole[2:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from lossledger.batch import to_device
 from lossledger.distributed import Group
 from lossledger.errors import InputError
 from lossledger.forward import Forward, Recipe
+from lossledger.objective import Objective
 from lossledger.training import boundary, measure, optimizers
 from lossledger.training.data import Data
 from lossledger.training.gate import Gate
@@ -52,12 +54,14 @@ class Compiled:
         plan: of a step.
         metrics: of every pass.
         known: what the model returns, by the form of its inputs.
+        objectives: by class weights, where steps are compiled.
     """
 
     recipe: Recipe
     plan: StepPlan
     metrics: tuple[measure.MetricPlan, ...]
     known: Known = field(default_factory=dict)
+    objectives: dict[str, Objective] = field(default_factory=dict)
 
     def known_to(self, group: Group) -> Known | None:
         """What is known, where one process asks and a step shows its outputs.
@@ -70,7 +74,22 @@ class Compiled:
         """The plan with class weights, if there are any."""
         if class_weight is None:
             return self.plan
-        return replace(self.plan, objective=self.recipe.objective(class_weight))
+        if self.plan.jit is None or not _is_plain(class_weight):
+            return replace(self.plan, objective=self.recipe.objective(class_weight))
+        # Compiled steps are those of one objective.
+        text = repr(class_weight)
+        if text not in self.objectives:
+            self.objectives[text] = self.recipe.objective(class_weight)
+        return replace(self.plan, objective=self.objectives[text])
+
+
+def _is_plain(class_weight: Any) -> bool:
+    """Whether class weights are written as they are: dicts and lists of names and numbers."""
+    try:
+        json.dumps(class_weight)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def resolved(forward: Forward, settings: Settings) -> Compiled:

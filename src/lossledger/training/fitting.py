@@ -19,6 +19,7 @@ from lossledger.objective import Objective
 from lossledger.training import boundary, grouping, loop, measure, memory, posting, spreading
 from lossledger.training.backup import Progress
 from lossledger.training.data import ArrayData, Data, order_of
+from lossledger.training.jit import Course
 from lossledger.training.known import Assumed
 from lossledger.training.measure import MetricPlan
 from lossledger.training.progress import Show
@@ -178,8 +179,16 @@ class Fitting:
             save = never if backup is None else backup.is_time
             windows = turns(self.data, batches, options.accumulate, self.group, current.is_due, save)
         if self.plan.jit is not None:
-            observed, packs = current.observe is not None, options.every is None and options.on_nonfinite != "skip"
-            self.plan.jit.begin(self.plan, self.data, options.batch_size, options.steps, observed, packs)
+            course = Course(
+                self.data,
+                options.batch_size,
+                options.steps,
+                windows=options.accumulate > 1 or self.group.size > 1,
+                observed=current.observe is not None,
+                packs=options.every is None and options.on_nonfinite != "skip",
+                say=show.say,
+            )
+            self.plan.jit.begin(self.plan, course)
         result = loop.train_epoch(self.plan, windows, self.data, options, current, self.progress.step)
         same_buffers(self.group, self.plan.net)
         for step, tallies in result.intervals:

@@ -20,7 +20,7 @@ from lossledger.forward import run_forward
 from lossledger.training import updates
 from lossledger.training.data import ArrayData, Data
 from lossledger.training.gap import undisturbed
-from lossledger.training.packed import Packed
+from lossledger.training.packed import Packed, UnfitError
 from lossledger.training.step import Observe, StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -28,7 +28,32 @@ if TYPE_CHECKING:
 
 # A program for each size and structure of batches; beyond so many, further ones run as they are.
 MOST_PROGRAMS = 8
+# Class weights make another objective; programs of the last ones are kept.
+MOST_OBJECTIVES = 3
 _DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Course:
+    """What the steps of a pass have in common.
+
+    Args:
+        data: of the pass; `None` for a single batch.
+        batch_size: samples of a batch of arrays.
+        steps: batches of the pass, if not all.
+        windows: whether steps may be of several batches or ranks.
+        observed: whether the outputs of every step are asked for.
+        packs: whether the sums of steps may stay in rows: nobody asks for those of single steps.
+        say: takes a line for the user.
+    """
+
+    data: Data | None = None
+    batch_size: int = 0
+    steps: int | None = None
+    windows: bool = False
+    observed: bool = False
+    packs: bool = False
+    say: Callable[[str], object] = str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,38 +109,25 @@ class Jit:
         self._last: tuple[Any, ...] | None = None
         self._choice = _AS_IT_IS
         self._sizes: tuple[int, ...] = ()
-        self._pads = True
-        self._observed = self._packs = False
+        self._course = Course()
 
-    def begin(
-        self,
-        plan: StepPlan,
-        data: Data | None,
-        batch_size: int,
-        steps: int | None,
-        observed: bool = False,
-        packs: bool = False,
-    ) -> None:
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Programs belong to the tensors of one model: a copy makes its own.
+        return Jit, (self._reason,)
+
+    def begin(self, plan: StepPlan, course: Course) -> None:
         """A pass begins: what the last one knew of weights and optimizer may have changed.
-
-        Args:
-            plan: of its steps.
-            data: of the pass; `None` for a single batch.
-            batch_size: samples of a batch of arrays.
-            steps: batches of the pass, if not all.
-            observed: whether the outputs of every step are asked for.
-            packs: whether the sums of steps may stay in rows: nobody asks for those of single steps.
 
         Raises:
             InputError: arrays whose last batch is smaller, in a model with batch norm.
         """
-        self._bound, self._last, self._observed = None, None, observed
-        self._pads, self._packs, self._sizes = data is not None, packs, ()
-        if self._reason is None and isinstance(data, ArrayData):
-            rest = data.length % batch_size
-            if rest and data.length > batch_size and (steps is None or steps * batch_size > data.length):
-                _check_padding(plan.net, rest, batch_size)
-                self._sizes = (batch_size, rest)
+        self._bound, self._last, self._course, self._sizes = None, None, course, ()
+        data, size = course.data, course.batch_size
+        if self._reason is None and isinstance(data, ArrayData) and not course.windows:
+            rest = data.length % size
+            if rest and data.length > size and (course.steps is None or course.steps * size > data.length):
+                _check_padding(plan.net, rest, size)
+                self._sizes = (size, rest)
 
     def step(
         self,
@@ -131,12 +143,15 @@ class Jit:
         Raises:
             InputError: a smaller batch in a model with batch norm; targets that do not fit the loss.
         """
-        if self._reason is not None or len(batches) != 1 or share.group.size > 1:
+        if self._reason is not None or self._course.windows or len(batches) != 1 or share.group.size > 1:
             self._tell(self._reason or "a step of several batches or ranks is a window")
             return None
         if self._bound is None and not self._bind(plan):
             return None
-        bound, batch = self._bound, batches[0]
+        values = list(map(self._read, plan.optimizer.param_groups))
+        if values != self._written and not self._write(plan, values):
+            return None
+        bound, batch, course = self._bound, batches[0], self._course
         assert bound is not None
         x, y = batch.x, batch.y
         if type(x) is Tensor and type(y) is Tensor and batch.sample_weight is None and batch.mask is None:
@@ -152,18 +167,15 @@ class Jit:
             return None
         if not checked:
             plan.objective.check_data(batch.y, program.likes, batch.sample_weight, batch.mask, batch.size)
-        values = list(map(self._read, plan.optimizer.param_groups))
-        if values != self._written:
-            self._write(bound, values)
         if self._choice.every is not None:
             leaves = _filled(leaves, batch, self._choice)
-        if observe is not None and not self._observed:
+        if observe is not None and not course.observed:
             _show(plan, batch, observe)
         row, *rest = program.call([*bound.tensors, *leaves])
-        if observe is not None and self._observed:
+        if observe is not None and course.observed:
             observe(batch, program.outputs(rest, batch.size))
         bad, sums = rest[0] if program.gated else None, Packed(program.forms, row)
-        return StepResult({}, bad, None, sums) if self._packs else StepResult(sums.tallies(), bad)
+        return StepResult({}, bad, None, sums) if course.packs else StepResult(sums.tallies(), bad)
 
     # --- programs ----------------------------------------------------------------------------------------------
 
@@ -174,7 +186,7 @@ class Jit:
             return _AS_IT_IS
         size = batch.size
         whole = max(self._sizes, default=size)
-        if self._pads and size <= whole and (len(self._sizes) > 1 or size < whole):
+        if self._course.data is not None and size <= whole and (len(self._sizes) > 1 or size < whole):
             if size < whole:
                 _check_padding(plan.net, size, whole)
             program = self._program(plan, bound, key, batch, whole)
@@ -194,19 +206,25 @@ class Jit:
         if size is not None and batch.size < size:
             batch = program.filled(batch, size)
         objective, by, _ = key
-        made_of = (objective, by, self._observed, _flattened(batch)[1], size is not None, bound.kind)
-        if made_of not in self._programs:
-            if len(self._programs) >= MOST_PROGRAMS:
-                self._tell(f"there are programs for {MOST_PROGRAMS} kinds of batches already")
-                return None
-            try:
-                groups, padded = None if by is None else str(by), size is not None
-                found = program.made(plan, bound.layout, bound.tensors, batch, groups, padded, self._observed)
-            except program.UnfitError as error:
-                found = None
-                self._tell(str(error), "batches that are smaller than others" if padded else "steps")
-            self._programs[made_of] = found
-        return self._programs[made_of]
+        observed, padded = self._course.observed, size is not None
+        made_of = (objective, by, observed, _flattened(batch)[1], padded, bound.kind)
+        if made_of in self._programs:
+            return self._programs[made_of]
+        objectives = list(dict.fromkeys(known[0] for known in self._programs))
+        if [known[0] for known in self._programs].count(objective) >= MOST_PROGRAMS:
+            self._tell(f"there are programs for {MOST_PROGRAMS} kinds of batches already")
+            return None
+        if objective not in objectives and len(objectives) >= MOST_OBJECTIVES:
+            self._programs = {known: p for known, p in self._programs.items() if known[0] is not objectives[0]}
+        self._course.say("compiling the training step, which takes some seconds to a minute …")
+        found = None
+        try:
+            groups = None if by is None else str(by)
+            found = program.made(plan, bound.layout, bound.tensors, batch, groups, padded, observed)
+        except UnfitError as error:
+            self._tell(str(error), "batches that are smaller than others" if padded else "steps")
+        self._programs[made_of] = found
+        return found
 
     def _tell(self, reason: str, what: str = "steps") -> None:
         """Say once why steps run as they are."""
@@ -219,19 +237,28 @@ class Jit:
 
     # --- tensors -----------------------------------------------------------------------------------------------
 
-    def _write(self, bound: _Bound, values: list[tuple[Any, ...]]) -> None:
+    def _write(self, plan: StepPlan, values: list[tuple[Any, ...]]) -> bool:
+        """Tell programs the numbers of the optimizer; one that comes to be 0, or no longer is, may ask for another."""
+        assert self._bound is not None
+        rules = tuple(updates.rule_of(plan.optimizer, group) for group in plan.optimizer.param_groups)
+        if rules != self._bound.layout.rules and not self._bind(plan):
+            return False
         rows = torch.tensor([updates.flat_numbers(row) for row in values], dtype=torch.float64)
-        bound.numbers.copy_(rows, non_blocking=True)
+        self._bound.numbers.copy_(rows, non_blocking=True)
         self._written = values
+        return True
 
     def _bind(self, plan: StepPlan) -> bool:
         """Find the tensors that steps change; not before the optimizer has made its state, in a step as it is."""
         optimizer = plan.optimizer
-        self._reason = _unfit(plan)
-        if self._reason is not None:
+        self._bound = self._last = None
+        try:
+            _check(plan)
+            found = _tensors(plan, self._counts)
+        except UnfitError as error:
+            self._reason = str(error)
             self._tell(self._reason)
             return False
-        found = _tensors(plan, self._counts)
         if found is None:
             return False
         if "step" in vars(optimizer):
@@ -297,16 +324,20 @@ def _check_padding(net: nn.Module, size: int, whole: int) -> None:
             )
 
 
-def _unfit(plan: StepPlan) -> str | None:
-    """Why no step of a plan can be one compiled program; `None` where nothing is known to be in the way."""
+def _check(plan: StepPlan) -> None:
+    """Nothing is known to be in the way of one compiled program.
+
+    Raises:
+        UnfitError: something is.
+    """
     optimizer: Any = plan.optimizer
     if plan.objective.reproducible:
-        return "reproducible totals are made from a grid"
+        raise UnfitError("reproducible totals are made from a grid")
     if updates.names_of_numbers(optimizer) is None:
-        return f"{type(optimizer).__name__} is none of the optimizers {list(updates.supported())} of torch"
+        raise UnfitError(f"{type(optimizer).__name__} is none of the optimizers {list(updates.supported())} of torch")
     for group in optimizer.param_groups:
         if any(isinstance(v, Tensor) for v in (group["lr"], *group.get("betas", ()))) or group.get("differentiable"):
-            return "the optimizer has tensors as rates, or is differentiable"
+            raise UnfitError("the optimizer has tensors as rates, or is differentiable")
     hooks = (
         optimizer._optimizer_step_pre_hooks,
         optimizer._optimizer_step_post_hooks,
@@ -314,13 +345,18 @@ def _unfit(plan: StepPlan) -> str | None:
         torch_optimizer._global_optimizer_post_hooks,
     )
     if any(hooks) or ("step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")):
-        return "the optimizer has hooks, or a step of somebody else"
+        raise UnfitError("the optimizer has hooks, or a step of somebody else")
     parameters = list(plan.net.parameters())
     if len({p.device for p in parameters}) > 1 or parameters[0].device.type not in _DEVICES:
-        return f"the parameters are not all on one device of the kinds {list(_DEVICES)}"
+        raise UnfitError(f"the parameters are not all on one device of the kinds {list(_DEVICES)}")
     if any(type(p) is not nn.Parameter for p in parameters):
-        return "parameters are of a kind of their own"
-    return None
+        raise UnfitError("parameters are of a kind of their own")
+    kept = (v for p in parameters for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor))
+    if any(value.device != parameters[0].device for value in kept):
+        raise UnfitError(
+            f"{type(optimizer).__name__} keeps state on another device than that of the parameters (one made with "
+            "fused=True or capturable=True does not)"
+        )
 
 
 def _tensors(

@@ -20,6 +20,7 @@ from lossledger.training.callback import Callback, LazyLogs, overrides
 from lossledger.training.checking import Checking
 from lossledger.training.data import Data
 from lossledger.training.gate import bad_elements
+from lossledger.training.jit import Course
 from lossledger.training.known import Assumed
 from lossledger.training.modes import evaluating
 from lossledger.training.sharing import Turn, never, own_batches, turns
@@ -133,7 +134,7 @@ def train_single(plan: StepPlan, data: Data, current: Pass, watch: bool) -> Pass
     """
     device = plan.parameters[0].device
     if plan.jit is not None:
-        plan.jit.begin(plan, None, 0, None, current.observe is not None)
+        plan.jit.begin(plan, Course(observed=current.observe is not None))
     share = own_batches(data, data.length or 1, None, current.group)
     turn = next(turns(data, share, 1, current.group, current.is_due, never))
     batches = tuple(to_device(batch, device) for batch in turn.batches)

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossledger.errors import InputError
 from lossledger.tally import Link, Tally
 from lossledger.training.running import described, rebuilt
+
+
+class UnfitError(Exception):
+    """Why a step cannot be one compiled program, in words that end a sentence."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,13 +56,13 @@ def packed(tallies: Mapping[str, Tally]) -> tuple[Tensor, tuple[Form, ...]]:
     """All sums of a step in one row, and where each of them lies.
 
     Raises:
-        InputError: a constant that is a tensor.
+        UnfitError: a constant that is a tensor.
     """
     parts: list[Tensor] = []
     forms, start = [], 0
     for name, tally in tallies.items():
         if isinstance(tally.coefficient, Tensor) or isinstance(tally.offset, Tensor):
-            raise InputError(f"{name}: expected plain numbers as coefficient and offset, received a tensor.")
+            raise UnfitError(f"the loss {name!r} has a constant that is a tensor")
         told = described(tally)
         slots: list[Any] = []
         for value in told["sums"]:

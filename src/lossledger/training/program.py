@@ -25,15 +25,11 @@ from lossledger.objective import Objective, Outputs, unpacked
 from lossledger.tally import Tally
 from lossledger.training import randomness, updates
 from lossledger.training.gate import bad_elements
-from lossledger.training.packed import Form, packed
+from lossledger.training.packed import Form, UnfitError, packed
 from lossledger.training.step import StepPlan
 from lossledger.values import not_finite
 from lossledger.weighting import both
 from lossledger.window import NO_GRADIENT, propagate
-
-
-class UnfitError(Exception):
-    """Why a step cannot be one compiled program, in words that end a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
