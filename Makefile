@@ -58,6 +58,7 @@ bench: $(VENV)/.dev exactness
 	$(BIN)/python benchmarks/samples.py
 	$(BIN)/python benchmarks/rows.py
 	$(BIN)/python benchmarks/calls.py
+	$(BIN)/python benchmarks/sizes.py
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/vocabulary.py
 

@@ -235,3 +235,19 @@ def test_a_thousand_ranks_are_one():
         whole = one.tally(y, z, by="class")
         assert abs(float(sum(parts).value) - float(whole.value)) < 1e-12
         assert float((sum(parts).contributions() - whole.contributions()).abs().max()) < 1e-12
+
+
+NAMED = {
+    "labels": (lambda: ll.losses.SparseCategoricalCrossentropy(from_logits=True), torch.arange(12) % 4),
+    "columns": (lambda: ll.losses.BinaryCrossentropy(from_logits=True), torch.eye(4).repeat(3, 1)),
+    "outputs": (lambda: ll.losses.Dice(grouping="class"), torch.eye(4).repeat(3, 1)),
+    "one-hot": (lambda: ll.losses.CategoricalCrossentropy(from_logits=True), torch.eye(4).repeat(3, 1)),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_the_names_of_the_groups_are_made_once(case):
+    """With thousands of classes they would be most of a step."""
+    make, targets = NAMED[case]
+    keys = [make().tally(targets, torch.full((12, 4), 0.5), by="class").groups.keys for _ in range(2)]
+    assert keys[0] is keys[1] and len({group for group, _ in keys[0]}) == 4

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -41,6 +42,16 @@ class AndSamples(str):
         made = super().__new__(cls, kind)
         made.taken = {}
         return made
+
+
+@lru_cache(64)
+def keys_of(size: int, presences: tuple[str, ...] = ("",)) -> tuple[tuple[int, str], ...]:
+    """The keys of so many classes, made once: with many of them, a step would spend its time on their names.
+
+    >>> keys_of(2, ("present", "absent"))
+    ((0, 'present'), (1, 'present'), (0, 'absent'), (1, 'absent'))
+    """
+    return tuple((index, presence) for presence in presences for index in range(size))
 
 
 def column_sums(values: Tensor) -> Tensor:
@@ -129,10 +140,7 @@ def by_column(kind: str, weighted: Tensor, total: Tensor, weighting: Weighting, 
     columns = weighting.shape[-1]
     rows = functools.partial(_split, weighted=weighted, weighting=weighting, presence=presence)
     sums = _each_once(rows, weighted, total, weighting)
-    if presence is None:
-        keys = tuple((column, "") for column in range(columns))
-    else:
-        keys = tuple((column, side) for side in ("present", "absent") for column in range(columns))
+    keys = keys_of(columns) if presence is None else keys_of(columns, ("present", "absent"))
     return Groups(kind, keys, sums[0], sums[1], sums[2], sums[3])
 
 

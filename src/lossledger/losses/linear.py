@@ -198,8 +198,7 @@ class LinearCrossentropy(IntegerLabels):
         if by != "label" or self.classes_are == "label":
             return super()._groups(batch, weighted, total, weights, by)
         size, labels = self._labels(batch)
-        keys = tuple((label, "") for label in range(size))
-        return grouping.by_index("label", labels, keys, size, weighted, total, weights)
+        return grouping.by_index("label", labels, grouping.keys_of(size), size, weighted, total, weights)
 
 
 def _kept(batch: Aligned) -> Tensor | None:

@@ -436,8 +436,7 @@ class Loss:
             return grouping.by_column("class", weighted, total, weights, grouping.present(batch.y_true, weights))
         if by in ("class", "label") and self.classes_are == "label":
             size, labels = self._labels(batch)
-            keys = tuple((label, "") for label in range(size))
-            return grouping.by_index(str(by), labels, keys, size, weighted, total, weights)
+            return grouping.by_index(str(by), labels, grouping.keys_of(size), size, weighted, total, weights)
         named = {None: (), "label": ("class", "label")}.get(self.classes_are, ("class",))
         choices = ["sample", "column", *named]
         raise InputError(

@@ -28,6 +28,7 @@ from lossledger import reduction as reductions
 from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
 from lossledger.losses.elementwise import ElementLoss
+from lossledger.losses.groups import keys_of
 from lossledger.losses.links import CellLink, Curve, GeneralizedLink
 from lossledger.losses.loss import By
 from lossledger.losses.prediction import Prediction, Space
@@ -347,7 +348,7 @@ class Overlap(ElementLoss):
         shape, count = batch.weighting.shape, self._counts(batch, fine)
         samples, classes = range(shape[0]), range(shape[-1])
         by_class = len(shape) - 1 in self._kept(len(shape))
-        keys: tuple[tuple[Any, str], ...] | None = tuple((column, "") for column in classes)
+        keys: tuple[tuple[Any, str], ...] | None = keys_of(shape[-1])
         cell: tuple[int, ...] | None = tuple(classes) if by_class else None
         if by == "sample":
             keys = tuple((sample, f"class {c}") for sample in samples for c in classes) if by_class else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields
 
 import numpy as np
 
@@ -50,20 +50,20 @@ def _term_rows(
     classes = len({group for group, _ in keys})
     shares = tally.contributions()
     cells = groups.cell or (0,) * len(groups)
+    # Thousands of classes make thousands of rows: `replace` would look at every field of each.
+    shared = {field.name: getattr(whole, field.name) for field in fields(Row)} | {"nonfinite": 0, "masked": None}
     for index, (group, presence) in enumerate(keys):
-        yield replace(
-            whole,
-            kind=groups.kind,
-            group=objective.group_name(group, classes),
-            presence=presence,
-            total=float(groups.total[index]),
-            count=int(groups.count[index]),
-            weight=float(groups.weight[index]),
-            divisor=float(divisor[cells[index]]),
-            contribution=coefficient * float(shares[index]),
-            nonfinite=0,
-            masked=None,
-        )
+        own = {
+            "kind": groups.kind,
+            "group": objective.group_name(group, classes),
+            "presence": presence,
+            "total": float(groups.total[index]),
+            "count": int(groups.count[index]),
+            "weight": float(groups.weight[index]),
+            "divisor": float(divisor[cells[index]]),
+            "contribution": coefficient * float(shares[index]),
+        }
+        yield Row(**shared | own)
 
 
 def logs(objective: Objective, tallies: dict[str, Tally]) -> dict[str, float]:
