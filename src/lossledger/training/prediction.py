@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,6 @@ from lossledger.forward import Call, run_forward
 from lossledger.objective import unpacked
 from lossledger.training.data import array_data, check_kind, is_arrays
 from lossledger.training.modes import evaluating
-
-# Outputs up to this size come from a device without waiting for it after each batch.
-PINNED_BYTES = 2**28
 
 
 def predict(
@@ -104,10 +100,6 @@ class Joined:
 
     def _written(self) -> Any:
         def told(place: Tensor) -> np.ndarray[Any, Any]:
-            if place.is_pinned():
-                # Copies from the device may be under way; memory that does not page is not for keeping.
-                torch.cuda.synchronize()
-                return place[: self._filled].clone().numpy()
             return place.numpy() if len(place) == self._filled else place[: self._filled].clone().numpy()
 
         return map_structure(told, self._places)
@@ -122,9 +114,7 @@ def _places(outputs: Any, samples: int) -> Any:
             rows.update((-1, -2))
             return None
         rows.add(len(output))
-        shape, dtype = (samples, *output.shape[1:]), _plain(output.dtype)
-        pinned = output.is_cuda and prod(shape) * dtype.itemsize <= PINNED_BYTES
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        return torch.empty((samples, *output.shape[1:]), dtype=_plain(output.dtype))
 
     found = map_structure(place, outputs)
     return found if len(rows) == 1 else None
@@ -141,7 +131,7 @@ def _filled(places: Any, outputs: Any, start: int) -> int | None:
         if not fits or _plain(output.dtype) != place.dtype or start + rows[0] > len(place):
             return None
     for place, output in pairs:
-        place[start : start + rows[0]].copy_(output, non_blocking=place.is_pinned() if output.is_cuda else False)
+        place[start : start + rows[0]].copy_(output)
     return rows[0]
 
 
