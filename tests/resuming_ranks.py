@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -102,6 +103,17 @@ def data_of(kind, rank):
     return {"x": Stateful(x[mine], y[mine]), "seed": 3}
 
 
+@contextlib.contextmanager
+def beginning():
+    """What torch says before `fit` when the other rank was killed: only `fit` says it of ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise ll.errors.RankError(str(error)) from error
+
+
 def trained(folder, rank, kind, save_freq, every_step=None, **options):
     """A run from where it is to its end, and what it came to on this rank."""
     warnings.filterwarnings("ignore", ".*normalizes over the samples of one rank", UserWarning)
@@ -113,15 +125,16 @@ def trained(folder, rank, kind, save_freq, every_step=None, **options):
         layers.insert(1, torch.nn.BatchNorm1d(8))
     net = torch.nn.Sequential(*layers)
     net = net if kind == "loader" else net.double()
-    if options.pop("sharded", False):
-        # Parts of one model: fit does not make them so.
-        for value in net.parameters():
-            dist.broadcast(value.detach(), 0)
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for part in (net[0], net[-1], net):
-            fully_shard(part, mesh=mesh)
-    wrapped = options.pop("wrapped", False)
-    model = ll.Model(DistributedDataParallel(net) if wrapped else net)
+    wrapped, sharded = options.pop("wrapped", False), options.pop("sharded", False)
+    with beginning():
+        if sharded:
+            # Parts of one model: fit does not make them so.
+            for value in net.parameters():
+                dist.broadcast(value.detach(), 0)
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            for part in (net[0], net[-1], net):
+                fully_shard(part, mesh=mesh)
+        model = ll.Model(DistributedDataParallel(net) if wrapped else net)
     loss = ll.losses.BinaryCrossentropy(from_logits=True) + ll.losses.Dice(axis=0, from_logits="sigmoid")
     model.compile("adam", loss, metrics=["binary_accuracy"], ema=0.9, regularizers={"0.weight": "l2"})
     C = ll.callbacks
@@ -182,8 +195,8 @@ def _attempt(rank, size, port, folder, name, arguments, die):
         written(folder, name, rank, trained(folder / name, rank, every_step=every_step, **arguments))
     except ll.errors.RankError:
         os._exit(3)
-    except BaseException as error:
-        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    except BaseException:
+        print(f"rank {rank}: {traceback.format_exc()}", file=sys.stderr, flush=True)
         os._exit(1)
     if size > 1:
         dist.destroy_process_group()
