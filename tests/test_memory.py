@@ -222,7 +222,7 @@ def test_passes_inside_a_pass_change_nothing(fake, monkeypatch):
         with memory.kept(cpu, 5):
             pass
         assert fake.told == began == [(-4, 0), (-1, -1)]
-    assert fake.told[2:] == [(-4, 65536), (-3, 32 << 20), (-1, 64 << 20), "trim"]
+    assert fake.told[2:] == [(-4, 65536), (-3, 32 << 20), (-1, memory._STAYS), "trim"]
 
 
 def test_growth_after_some_log_points_ends_it(fake, monkeypatch):
@@ -236,7 +236,7 @@ def test_growth_after_some_log_points_ends_it(fake, monkeypatch):
             memory.watch()
         assert len(fake.told) == 2
         memory.watch()
-        assert fake.told[2:] == [(-4, 65536), (-3, 32 << 20), (-1, 64 << 20), "trim"]
+        assert fake.told[2:] == [(-4, 65536), (-3, 32 << 20), (-1, memory._STAYS), "trim"]
         memory.watch()
     # What was used since then is given back too.
     assert fake.told[-1] == "trim" and len(fake.told) == 10
@@ -244,7 +244,8 @@ def test_growth_after_some_log_points_ends_it(fake, monkeypatch):
 
 
 def test_an_error_ends_it_too_and_little_memory_is_not_worth_a_walk(fake, monkeypatch):
-    monkeypatch.setattr(memory, "_faults", iter([0, memory._WORTH_PAGES - 1]).__next__)
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: 4096)
+    monkeypatch.setattr(memory, "_faults", iter([0, (memory._STAYS >> 12) - 1]).__next__)
     with pytest.raises(KeyError), memory.kept(torch.device("cpu")):
         raise KeyError
     assert len(fake.told) == 5 and "trim" not in fake.told

@@ -28,8 +28,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 # What somebody who tunes the allocator has chosen; other variables of glibc do not speak of the same.
 _OF_USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 _TUNABLES = tuple(f"glibc.malloc.{name}=" for name in ("trim_threshold", "mmap_threshold", "mmap_max", "top_pad"))
-# A pass that touched less new memory than this has nothing worth a walk through the heap.
-_WORTH_PAGES = 4096
+# After a pass the process may keep this much: short passes in a row would otherwise fault it in again each time.
+_STAYS = 128 << 20
 # By the fourth log point the process holds what its steps need, up to a few large blocks. Blocks that stay behind from
 # every step can keep the next step from using the room beside them: memory that goes on growing is let go.
 _SETTLED, _GROWTH, _SPARE = 4, 2, 64 << 20
@@ -118,13 +118,14 @@ class _Keeping:
     def _let_go(self) -> None:
         """Set what glibc itself comes to after it has freed a block of 32 MiB, and give back what is free.
 
-        What was set before cannot be read. Its own thresholds move up as blocks are freed; these are where they end.
+        What was set before cannot be read. Its own thresholds move up as blocks are freed; these are where they end,
+        but that it would trim at 64 MiB.
         """
         self._keeps = False
         self._allocator.mallopt(_MMAP_MAX, 65536)
         self._allocator.mallopt(_MMAP_THRESHOLD, 32 << 20)
-        self._allocator.mallopt(_TRIM_THRESHOLD, 64 << 20)
-        if _faults() - self._faults >= _WORTH_PAGES:
+        self._allocator.mallopt(_TRIM_THRESHOLD, _STAYS)
+        if (_faults() - self._faults) * os.sysconf("SC_PAGE_SIZE") >= _STAYS:
             self._allocator.malloc_trim(0)
 
 
