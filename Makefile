@@ -55,6 +55,7 @@ bench: $(VENV)/.dev exactness
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/window.py
+	$(BIN)/python benchmarks/levers.py
 	$(BIN)/python benchmarks/samples.py
 	$(BIN)/python benchmarks/rows.py
 	$(BIN)/python benchmarks/calls.py
