@@ -21,7 +21,7 @@ needs_glibc = pytest.mark.skipif(not GLIBC, reason="another C library, or anothe
 SCRIPT = """
 import ctypes, json, os, resource, sys
 import torch, lossledger as ll
-from lossledger.training import memory, model
+from lossledger.training import memory, model, sums
 
 library = ctypes.CDLL(None)
 names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
@@ -71,8 +71,9 @@ evaluated = seen
 hook.remove()
 prediction = trained.predict(x, batch_size=6144)
 
-# Something of every batch stays: behind it no large block fits again, and nothing is saved.
-seen = []
+# Something of every batch stays: behind it no large block fits again, and nothing is saved. Every batch is a log point,
+# so that the test does not depend on the speed of the machine.
+seen, sums.LOG_SECONDS = [], 0.0
 hook = net.register_forward_hook(lambda m, i, output: seen.append((output, resident())) and None)
 trained.evaluate(x.repeat(2, 1), y.repeat(2, 1), batch_size=6144, verbose=0)
 hook.remove()
@@ -230,17 +231,17 @@ def test_growth_after_some_log_points_ends_it(fake, monkeypatch):
     resident = iter([0, 2 * block, 4 * block, 4 * block + (65 << 20)])
     monkeypatch.setattr(memory, "_resident", resident.__next__)
     monkeypatch.setattr(memory, "_faults", iter([0, 10**6, 2 * 10**6]).__next__)
-    memory.watch()
+    memory.watch(5)
     with memory.kept(torch.device("cpu")):
-        for _ in range(memory._SETTLED + 1):
-            memory.watch()
+        for steps in (1, 3, 4, 9):
+            memory.watch(steps)
         assert len(fake.told) == 2
-        memory.watch()
+        memory.watch(12)
         assert fake.told[2:] == [(-4, 65536), (-3, 32 << 20), (-1, memory._STAYS), "trim"]
-        memory.watch()
+        memory.watch(15)
     # What was used since then is given back too.
     assert fake.told[-1] == "trim" and len(fake.told) == 10
-    memory.watch()
+    memory.watch(18)
 
 
 def test_an_error_ends_it_too_and_little_memory_is_not_worth_a_walk(fake, monkeypatch):

@@ -30,8 +30,8 @@ _OF_USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MA
 _TUNABLES = tuple(f"glibc.malloc.{name}=" for name in ("trim_threshold", "mmap_threshold", "mmap_max", "top_pad"))
 # After a pass the process may keep this much: short passes in a row would otherwise fault it in again each time.
 _STAYS = 128 << 20
-# By the fourth log point the process holds what its steps need, up to a few large blocks. Blocks that stay behind from
-# every step can keep the next step from using the room beside them: memory that goes on growing is let go.
+# After four steps the process holds what its steps need, up to a few large blocks. Blocks that stay behind from every
+# step can keep the next step from using the room beside them: memory that goes on growing is let go.
 _SETTLED, _GROWTH, _SPARE = 4, 2, 64 << 20
 
 
@@ -57,9 +57,9 @@ def kept(device: torch.device, batches: int | None = None) -> Iterator[None]:
         _keeping.end()
 
 
-def watch() -> None:
-    """At a log point: let memory go that keeps growing."""
-    _keeping.watch()
+def watch(steps: int) -> None:
+    """At a log point, after so many steps of a pass: let memory go that keeps growing."""
+    _keeping.watch(steps)
 
 
 def wanted(environment: Mapping[str, str]) -> bool:
@@ -83,28 +83,25 @@ class _Keeping:
         self._lock = threading.Lock()
         self._passes, self._keeps = 0, False
         self._allocator: Any = None
-        self._faults = self._resident = self._points = self._limit = 0
+        self._faults = self._resident = self._limit = 0
 
     def begin(self, allocator: Any) -> None:
         with self._lock:
             self._passes += 1
             if self._passes > 1:
                 return
-            self._allocator, self._keeps, self._points = allocator, True, 0
+            self._allocator, self._keeps, self._limit = allocator, True, 0
             self._faults, self._resident = _faults(), _resident()
             # A high threshold does not do: glibc takes none above 32 MiB.
             allocator.mallopt(_MMAP_MAX, 0)
             allocator.mallopt(_TRIM_THRESHOLD, -1)
 
-    def watch(self) -> None:
+    def watch(self, steps: int) -> None:
         with self._lock:
-            if not self._keeps:
-                return
-            self._points += 1
-            if self._points < _SETTLED:
+            if not self._keeps or steps < _SETTLED:
                 return
             growth = _resident() - self._resident
-            if self._points == _SETTLED:
+            if not self._limit:
                 self._limit = _GROWTH * growth + _SPARE
             elif growth > self._limit:
                 self._let_go()

@@ -208,7 +208,7 @@ class Pass:
     def log(self) -> dict[str, Tally]:
         """A log point: read the sums and show them."""
         tallies = self._read()
-        memory.watch()
+        memory.watch(self.steps)
         if self.samples is not None:
             self.samples.flush()
         self._logged = time.perf_counter()
