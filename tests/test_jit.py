@@ -171,9 +171,18 @@ class Branching(nn.Linear):
         return super().forward(x if x.sum() > 0 else -x)
 
 
+class Recurrent(nn.RNN):
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
 @pytest.mark.parametrize(
     ("net", "reason"),
-    [(Remembering, "Remembering writes to its attribute 'last'"), (Branching, "the step cannot be traced")],
+    [
+        (Recurrent, "recurrent layers"),
+        (Remembering, "Remembering writes to its attribute 'last'"),
+        (Branching, "the step cannot be traced"),
+    ],
 )
 def test_a_model_that_cannot_be_traced_runs_as_it_is(net, reason):
     made = net(3, 3)
@@ -215,7 +224,7 @@ def test_a_compiled_step_makes_few_python_calls():
     )
     assert found.returncode == 0, found.stderr
     # One of them is the program; a step in a loop of plain torch makes over a hundred.
-    assert float(found.stdout) < 30
+    assert float(found.stdout) < 25
 
 
 def test_jit_is_a_truth_value():

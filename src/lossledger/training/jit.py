@@ -346,6 +346,8 @@ def _check(plan: StepPlan) -> None:
     )
     if any(hooks) or ("step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")):
         raise UnfitError("the optimizer has hooks, or a step of somebody else")
+    if any(isinstance(module, nn.RNNBase) for module in plan.net.modules()):
+        raise UnfitError("recurrent layers of torch have kernels that cannot be traced")
     parameters = list(plan.net.parameters())
     if len({p.device for p in parameters}) > 1 or parameters[0].device.type not in _DEVICES:
         raise UnfitError(f"the parameters are not all on one device of the kinds {list(_DEVICES)}")
