@@ -53,6 +53,7 @@ class Closed:
             shape = (y_true.shape, y_true.dtype, output.shape, output.dtype)
             if shape == self._shape and self._plain is not None:
                 prediction = Prediction(output)
+                prediction.shared = len(self._plain) > 1
                 for known in self._plain:
                     found.append(known.gradient(y_true, prediction))
                 return self._joined(found, output)
