@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lossledger import reduction as reductions
 from lossledger.losses.aligned import Aligned
+from lossledger.losses.backward import entry_weight, multiply
 from lossledger.losses.loss import Loss
 from lossledger.losses.prediction import Prediction
 from lossledger.values import reciprocal
@@ -61,11 +62,9 @@ def plain(loss: Loss, batch: Aligned, y_true: Tensor, output: Tensor, factor: fl
         return None
     divisor = reductions.divides(loss.reduction, batch.where).divisor(weights, y_true)
     divisor = loss._columns(weights.shape[-1]) if divisor is None else divisor
-    return (
-        None
-        if isinstance(divisor, Tensor)
-        else Plain(loss, weights, batch.where, factor * reciprocal(divisor, output.dtype))
-    )
+    if isinstance(divisor, Tensor):
+        return None
+    return Plain(loss, weights, batch.where, factor * reciprocal(divisor, output.dtype))
 
 
 def closed_gradient(loss: Loss, batch: Aligned, factor: float) -> tuple[Tensor, Tensor] | None:
@@ -87,5 +86,5 @@ def closed_gradient(loss: Loss, batch: Aligned, factor: float) -> tuple[Tensor, 
     if divisor is None:
         divisor = loss._columns(elements.shape[-1])
     scale = factor * reciprocal(divisor, elements.dtype)
-    weight = loss._entry_weight(batch)
-    return elements, gradient.mul_(scale if weight is None else weight.to(gradient.dtype) * scale)
+    multiply(gradient, entry_weight(loss, batch, gradient), scale, gradient)
+    return elements, gradient
