@@ -328,6 +328,7 @@ def _compiled(
 ) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     """A function of a list of tensors, which it empties; `values` are such as it will be called with."""
     try:
+        from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         inside: list[Any] = []
@@ -336,7 +337,9 @@ def _compiled(
             inside.append(compile_fx_inner(*args, **kwargs))
             return inside[-1]
 
-        made: Any = compile_fx(graph, inputs, inner_compile=inner, config_patches=_CONFIG)
+        # Not every version of torch has them all.
+        patches = {name: value for name, value in _CONFIG.items() if hasattr(config, name)}
+        made: Any = compile_fx(graph, inputs, inner_compile=inner, config_patches=patches)
         alone = getattr(inside[0], "current_callable", None) if len(inside) == 1 else None
         if alone is not None and sum(t.numel() for t in values) <= _SMALL:
             # Constants, such as class weights, come first.
