@@ -38,7 +38,9 @@ def contender(x: torch.Tensor, y: torch.Tensor, by: str | None, samples: bool) -
     def run() -> None:
         # The one way to train without groups: `fit` itself always keeps them.
         whole = loop.train_epoch
-        loop.train_epoch = lambda plan, windows, options, *rest: whole(plan, windows, replace(options, by=by), *rest)
+        loop.train_epoch = lambda plan, windows, data, options, *rest: whole(
+            plan, windows, data, replace(options, by=by), *rest
+        )
         try:
             model.fit(x, y, batch_size=BATCH, verbose=0, samples=samples, checks="off", seed=0)
         finally:
