@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +193,10 @@ def _side_by_side(console: Console, first: Act, second: Act, folder: Path) -> No
         console.print(_rich_table(*comparison_cells(comparison, names), title=comparison.title))
     console.print(f"\nThe terms of the last training epoch of {second.title}:")
     ledger = second.ledger
-    console.print(str(ledger.table(by=["term"], split="training", epoch=_last(ledger))), highlight=False)
+    terms = ledger.table(by=["term"], split="training", epoch=_last(ledger))
+    # Nothing is masked here, and a terminal of 80 columns has no room to say so.
+    shown = replace(terms, columns=tuple(column for column in terms.columns if column != "masked"))
+    console.print(str(shown), highlight=False)
     total = sum(
         r.contribution for r in ledger.rows if (r.split, r.epoch, r.kind) == ("training", _last(ledger), "term")
     )
