@@ -10,24 +10,21 @@ in turn, several times; the table shows medians, and how many times as fast the 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "torch"
 
 import keras
 import numpy as np
+import pages
 import torch
 from interleaved import compared, interleaved
 from torch import nn
 
 import lossledger as ll
 
-RESULTS = Path(__file__).parent / "results"
 OURS, KERAS = "lossledger", "Keras 3 (torch)"
 METHODS = ("fit", "evaluate", "predict")
 
@@ -116,21 +113,11 @@ def main() -> None:
     torch.manual_seed(0)
     keras.utils.set_random_seed(0)
     rows = measure(given.repeats, given.steps)
-    about = {
-        "lossledger": ll.__version__,
-        "keras": keras.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "repeats": given.repeats,
-        "steps": given.steps,
-    }
+    about = pages.about(given.repeats, keras=keras.__version__) | {"steps": given.steps}
     lines = [
         "# Fixed cost of a call, and a step of it, beside Keras",
         "",
-        "Made by `python benchmarks/calls.py`, which says what is measured. "
-        + ", ".join(f"{name} {value}" for name, value in about.items())
-        + ".",
+        "Made by `python benchmarks/calls.py`, which says what is measured. " + pages.said(about),
         "",
         f"| workload | call | one step, {OURS}, ms | one step, {KERAS}, ms | a step of many, {OURS}, ms "
         f"| a step of many, {KERAS}, ms | times as fast (median) | lowest to highest |",
@@ -142,9 +129,7 @@ def main() -> None:
             f"| {row['workload']} | {row['method']} | {one[OURS]:.2f} | {one[KERAS]:.2f} | {step[OURS]:.3f} "
             f"| {step[KERAS]:.3f} | {row['ratio']:.2f} | {row['ratio_low']:.2f} to {row['ratio_high']:.2f} |"
         )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "calls.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / "calls.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    pages.keep("calls", lines, {"about": about, "rows": rows})
     print("\n".join(lines))
 
 

@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pages
 import torch
 import torch.distributed as dist
 
@@ -30,7 +31,6 @@ sys.path.insert(0, str(HERE))
 
 from peers import common  # noqa: E402
 
-RESULTS = HERE / "results"
 # By file: the name in the tables, and whether it divides data over ranks.
 CONTENDERS = {
     "one_batch": ("one batch in float32", True),
@@ -177,9 +177,7 @@ def main() -> None:
     lines = page(about, rows)
     print("\n".join(lines))
     if not options.only:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "exactness.md").write_text("\n".join(lines) + "\n")
-        (RESULTS / "exactness.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        pages.keep("exactness", lines, {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Every round writes a new folder and opens it again; the table shows medians.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -16,14 +15,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import duckdb
+import pages
 
 from lossledger.ledger import Ledger, Row
 
-RESULTS = Path(__file__).parent / "results"
 CLASSES = 20
 
 
@@ -90,10 +88,7 @@ def main() -> None:
         *(f"| {n} | {statistics.median(t):.2f} | {min(t):.2f} | {max(t):.2f} |" for n, t in found.items()),
     ]
     print("\n".join(lines))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "ledger.md").write_text("\n".join(lines) + "\n")
-    content = {"rows": options.rows, "machine": machine, "seconds": found}
-    (RESULTS / "ledger.json").write_text(json.dumps(content, indent=1) + "\n")
+    pages.keep("ledger", lines, {"rows": options.rows, "machine": machine, "seconds": found})
 
 
 if __name__ == "__main__":

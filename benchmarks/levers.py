@@ -17,12 +17,10 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from interleaved import compared
 
-RESULTS = Path(__file__).parent / "results"
 OFF = {"LOSSLEDGER_KEEP_MEMORY": "0"}
 HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 LEFT_OUT = ("MALLOC_", "GLIBC_TUNABLES", "LOSSLEDGER_", "OMP_NUM_THREADS")
@@ -217,6 +215,7 @@ def main() -> None:
     if options.quick:
         chosen = [name for name in chosen if name not in ("unet128", "unet256")]
     rows = [row for name in chosen for row in measure(name, repeats, options.threads)]
+    import pages
     import torch
 
     import lossledger as ll
@@ -236,7 +235,7 @@ def main() -> None:
         "A step of `fit` with the ledger by class, fused Adam. Each contender is a process; ratios are to the first "
         "contender of the workload, round by round. Faults: page faults a step. Peak: of the whole process.",
         "",
-        "Made by `make bench`. " + ", ".join(f"{k} {v}" for k, v in about.items()) + ".",
+        "Made by `make bench`. " + pages.said(about),
         "",
         "| workload | contender | ms a step (median) | ratio (median) | lowest to highest | faults | peak MiB |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -247,9 +246,7 @@ def main() -> None:
             f"| {row['ratio_low']:.2f} to {row['ratio_high']:.2f} | {row['faults']:.0f} | {row['peak_mib']:.0f} |"
         )
     if not (options.dry or options.quick or options.only):
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "levers.md").write_text("\n".join(lines) + "\n")
-        (RESULTS / "levers.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        pages.keep("levers", lines, {"about": about, "rows": rows})
     print("\n".join(lines))
 
 

@@ -10,11 +10,9 @@ the allocations that the profiler of torch sees, the gradient and buffers that a
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
+import pages
 import torch
 import torch.nn.functional as F
 from interleaved import compared, interleaved
@@ -24,7 +22,6 @@ from torch.profiler import ProfilerActivity, profile
 import lossledger as ll
 from lossledger.losses import backward
 
-RESULTS = Path(__file__).parent / "results"
 PLAIN = "torch's plain loss"
 
 
@@ -123,17 +120,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = measure(arguments.repeats, arguments.only, arguments.tiny)
-    about = {
-        "torch": str(torch.__version__),
-        "lossledger": ll.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "repeats": arguments.repeats,
-    }
+    about = pages.about(arguments.repeats)
     lines = [
         "# Cost of a loss and its gradient",
         "",
-        "Made by `make bench`. " + ", ".join(f"{k} {v}" for k, v in about.items()) + ".",
+        "Made by `make bench`. " + pages.said(about),
         "Extra memory: what is held at most beside inputs, the gradient included.",
         "",
         "| workload | contender | ms (median) | ratio (lowest to highest) | extra MiB | ratio |",
@@ -148,9 +139,7 @@ def main() -> None:
     print("\n".join(lines))
     if arguments.tiny or arguments.only:
         return
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "losses.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / "losses.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    pages.keep("losses", lines, {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

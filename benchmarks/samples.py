@@ -10,12 +10,10 @@ groups, with samples at most 1.05 of a step by class.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
+import pages
 import torch
 from interleaved import compared, interleaved
 
@@ -24,7 +22,6 @@ from lossledger.demo.scenes import make_scenes
 from lossledger.demo.unet import UNet
 from lossledger.training import loop
 
-RESULTS = Path(__file__).parent / "results"
 BATCH = 16
 OFF, CLASS, SAMPLES = "no groups", "ledger by class", "ledger by class and samples"
 
@@ -71,18 +68,11 @@ def main() -> None:
     rows = []
     for name, against, goal in ((OFF, OFF, None), (CLASS, OFF, 1.03), (SAMPLES, CLASS, 1.05), (SAMPLES, OFF, None)):
         rows.append({"contender": name, "against": against, **compared(times, name, against), "goal": goal})
-    about = {
-        "torch": str(torch.__version__),
-        "lossledger": ll.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "repeats": given.repeats,
-        "steps": given.batches,
-    }
+    about = pages.about(given.repeats) | {"steps": given.batches}
     lines = [
         "# Cost of the ledger in a step",
         "",
-        f"U-Net, {BATCH} × 64 × 64. " + ", ".join(f"{k} {v}" for k, v in about.items()) + ".",
+        f"U-Net, {BATCH} × 64 × 64. " + pages.said(about),
         "",
         "| contender | against | ms a step (median) | ratio (median) | lowest to highest | goal |",
         "|---|---|---|---|---|---|",
@@ -95,9 +85,7 @@ def main() -> None:
         )
     print("\n".join(lines))
     if not given.dry:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "samples.md").write_text("\n".join(lines) + "\n")
-        (RESULTS / "samples.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        pages.keep("samples", lines, {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pages
 import torch
 import torch.nn.functional as F
 from interleaved import compared, interleaved
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 import lossledger as ll
 
-RESULTS = Path(__file__).parent / "results"
 OURS, RAW = "lossledger, ledger by class", "raw torch"
 AXES = {
     "batch": (1, 32, 1024, 32768),
@@ -172,19 +171,11 @@ def main() -> None:
         print(json.dumps(told))
         return
     rows = measure(given.axes, given.repeats, given.most)
-    about = {
-        "torch": str(torch.__version__),
-        "lossledger": ll.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "repeats": given.repeats,
-    }
+    about = pages.about(given.repeats)
     lines = [
         "# Cost against size",
         "",
-        "Made by `python benchmarks/sizes.py`, which says what is measured. "
-        + ", ".join(f"{name} {value}" for name, value in about.items())
-        + ".",
+        "Made by `python benchmarks/sizes.py`, which says what is measured. " + pages.said(about),
     ]
     for axis in given.axes:
         lines += [
@@ -203,9 +194,7 @@ def main() -> None:
             for row in rows
             if row["axis"] == axis
         ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "sizes.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / "sizes.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    pages.keep("sizes", lines, {"about": about, "rows": rows})
     print("\n".join(lines))
 
 

@@ -9,12 +9,10 @@ is tuned: one permutation an epoch, index_select, fused Adam, no host read.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
+import pages
 import torch
 import torch.nn.functional as F
 from interleaved import compared, interleaved
@@ -22,8 +20,6 @@ from interleaved import compared, interleaved
 import lossledger as ll
 from lossledger.demo.scenes import make_scenes
 from lossledger.demo.unet import UNet
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def raw_loop(net, x, y, loss, batch_size, epochs):
@@ -95,18 +91,11 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.manual_seed(0)
     rows = measure(repeats)
-    about = {
-        "torch": str(torch.__version__),
-        "lossledger": ll.__version__,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "repeats": repeats,
-    }
+    about = pages.about(repeats, numpy=np.__version__)
     lines = [
         "# Cost of a step",
         "",
-        "Made by `make bench`. " + ", ".join(f"{k} {v}" for k, v in about.items()) + ".",
+        "Made by `make bench`. " + pages.said(about),
         "",
         "| workload | contender | ms a step (median) | ratio (median) | lowest to highest |",
         "|---|---|---|---|---|",
@@ -116,9 +105,7 @@ def main() -> None:
             f"| {row['workload']} | {row['contender']} | {row['median_ms']:.3f} | {row['ratio']:.2f} "
             f"| {row['ratio_low']:.2f} to {row['ratio_high']:.2f} |"
         )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "step.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / "step.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    pages.keep("step", lines, {"about": about, "rows": rows})
     print("\n".join(lines))
 
 

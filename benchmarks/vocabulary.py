@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 from collections.abc import Callable
-from pathlib import Path
 
+import pages
 import torch
 import torch.nn.functional as F
 from held import Held
@@ -25,7 +23,6 @@ from torch import Tensor, nn
 
 import lossledger as ll
 
-RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -160,19 +157,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     rows = measure(arguments)
-    about = {
-        "torch": str(torch.__version__),
-        "lossledger": ll.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {arguments.device}, {torch.get_num_threads()} threads",
-        "tokens": arguments.tokens,
-        "width": arguments.width,
-        "repeats": arguments.repeats,
-    }
+    about = pages.about(arguments.repeats, device=arguments.device, tokens=arguments.tokens, width=arguments.width)
     lines = [
         "# Cross-entropy over large vocabularies",
         "",
-        "Made by `python benchmarks/vocabulary.py`. " + ", ".join(f"{k} {v}" for k, v in about.items()) + ".",
+        "Made by `python benchmarks/vocabulary.py`. " + pages.said(about),
         "Extra memory: what is held at most beside inputs and gradients. Errors: against float64, as norms.",
         "",
         "| vocabulary | dtype | ignored | contender | ms (median) | ratio (lowest to highest) | extra MiB "
@@ -186,10 +175,8 @@ def main() -> None:
             f"| {row['extra_mib']:.0f} | {row['error_loss']:.1e} | {row['error_hidden']:.1e} "
             f"| {row['error_weight']:.1e} |"
         )
-    RESULTS.mkdir(exist_ok=True)
     name = "vocabulary" if arguments.device == "cpu" else f"vocabulary-{arguments.device}"
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / f"{name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    pages.keep(name, lines, {"about": about, "rows": rows})
     print("\n".join(lines))
 
 

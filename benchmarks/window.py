@@ -9,12 +9,10 @@ several times; the table shows medians and the ratio pair by pair. Their gradien
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
+import pages
 import torch
 import torch.nn.functional as F
 from interleaved import compared, interleaved
@@ -23,7 +21,6 @@ import lossledger as ll
 from lossledger.demo.scenes import make_scenes
 from lossledger.demo.unet import UNet
 
-RESULTS = Path(__file__).parent / "results"
 ACCUMULATE = 4
 WEIGHTS = [1.0, 2.0, 0.5, 1.5, 3.0]
 
@@ -123,14 +120,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print, and leave the results as they are")
     options = parser.parse_args()
     rows, distance = measure(options.repeats, options.steps, options.batch)
-    about = {
-        "torch": str(torch.__version__),
-        "lossledger": ll.__version__,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "repeats": options.repeats,
-    }
+    about = pages.about(options.repeats, numpy=np.__version__)
     lines = [
         f"# Cost of a window of {ACCUMULATE} micro-batches",
         "",
@@ -139,7 +129,7 @@ def main() -> None:
         "is the same here, where all batches are of one size: the gradients of a step differ by "
         f"{distance:.0e} of their size.",
         "",
-        "Made by `make bench`. " + ", ".join(f"{k} {v}" for k, v in about.items()) + ".",
+        "Made by `make bench`. " + pages.said(about),
         "",
         "| contender | ms a step (median) | ratio (median) | lowest to highest |",
         "|---|---:|---:|---:|",
@@ -151,10 +141,7 @@ def main() -> None:
         )
     print("\n".join(lines))
     if not options.dry:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "window.md").write_text("\n".join(lines) + "\n")
-        content = {"about": about, "gradients": distance, "rows": rows}
-        (RESULTS / "window.json").write_text(json.dumps(content, indent=1) + "\n")
+        pages.keep("window", lines, {"about": about, "gradients": distance, "rows": rows})
 
 
 if __name__ == "__main__":

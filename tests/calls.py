@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 import lossledger as ll
 from lossledger.training import checking, sums
+
+
+def counted(run: Callable[[], object]) -> int:
+    """Python function calls."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 def python_calls(steps: int, jit: bool) -> int:
@@ -18,18 +35,7 @@ def python_calls(steps: int, jit: bool) -> int:
     model.compile("adam", ll.losses.BinaryCrossentropy(from_logits=True), jit=jit)
     if jit:
         model.fit(x[:12], y[:12], batch_size=4, verbose=0)
-    count = 0
-
-    def profile(frame, event, argument):
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(profile)
-    try:
-        model.fit(x, y, batch_size=4, seed=0, verbose=0)
-    finally:
-        sys.setprofile(None)
-    return count
+    return counted(lambda: model.fit(x, y, batch_size=4, seed=0, verbose=0))
 
 
 if __name__ == "__main__":

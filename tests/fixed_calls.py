@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 import lossledger as ll
+from calls import counted
 from lossledger.training import sums
 
 BATCH = 4
-
-
-def counted(run: Callable[[], object]) -> int:
-    """Python function calls."""
-    count = 0
-
-    def profile(frame, event, argument):
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(profile)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 def fixed(method: str) -> float:
