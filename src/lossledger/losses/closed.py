@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lossledger import reduction as reductions
 from lossledger.losses.aligned import Aligned
-from lossledger.losses.backward import entry_weight, multiply
+from lossledger.losses.backward import entry_weight, multiply, scale_of
 from lossledger.losses.loss import Loss
 from lossledger.losses.prediction import Prediction
-from lossledger.values import reciprocal
 from lossledger.weighting import Weighting
 
 
@@ -60,11 +58,8 @@ def plain(loss: Loss, batch: Aligned, y_true: Tensor, output: Tensor, factor: fl
         return None
     if batch.column_weight is not None or loss.reduction._reads_targets:
         return None
-    divisor = reductions.divides(loss.reduction, batch.where).divisor(weights, y_true)
-    divisor = loss._columns(weights.shape[-1]) if divisor is None else divisor
-    if isinstance(divisor, Tensor):
-        return None
-    return Plain(loss, weights, batch.where, factor * reciprocal(divisor, output.dtype))
+    scale = scale_of(loss.divisor_aligned(batch), factor, output.dtype)
+    return None if isinstance(scale, Tensor) else Plain(loss, weights, batch.where, scale)
 
 
 def closed_gradient(loss: Loss, batch: Aligned, factor: float) -> tuple[Tensor, Tensor] | None:
@@ -82,9 +77,6 @@ def closed_gradient(loss: Loss, batch: Aligned, factor: float) -> tuple[Tensor, 
     if found is None:
         return None
     elements, gradient = found
-    divisor = reductions.divides(loss.reduction, batch.where).divisor(batch.weighting, batch.y_true)
-    if divisor is None:
-        divisor = loss._columns(elements.shape[-1])
-    scale = factor * reciprocal(divisor, elements.dtype)
+    scale = scale_of(loss.divisor_aligned(batch), factor, elements.dtype)
     multiply(gradient, entry_weight(loss, batch, gradient), scale, gradient)
     return elements, gradient

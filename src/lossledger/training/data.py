@@ -29,6 +29,13 @@ def _picker(ids: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda a: a.index_select(0, ids)
 
 
+def _taker(start: int, stop: int, order: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """What takes the samples from `start` to `stop` of an order out of an array, and their numbers."""
+    if order is None:
+        return _slicer(start, stop), torch.arange(start, stop)
+    return _picker(order[start:stop]), order[start:stop]
+
+
 def _converter(what: str, dtype: torch.dtype) -> Callable[[Any], Tensor]:
     return lambda value: to_tensor(value, what, dtype)
 
@@ -77,9 +84,7 @@ class ArrayData:
         """The batches of an epoch but the first `taken`, in the given order of the samples; the last may be smaller."""
         several = self._at_once(batch_size, order)
         for first in range(taken - taken % several, self.steps(batch_size), several):
-            start, stop = first * batch_size, min((first + several) * batch_size, self.length)
-            ids = torch.arange(start, stop) if order is None else order[start:stop]
-            take = _slicer(start, stop) if order is None else _picker(ids)
+            take, ids = _taker(first * batch_size, min((first + several) * batch_size, self.length), order)
             columns = [_column(part, take, batch_size) for part in (self.x, self.y, self.sample_weight, self.mask)]
             # What a run that goes on has seen is passed over: its batches must lie in memory where they lay.
             yield from itertools.islice(
@@ -98,8 +103,7 @@ class ArrayData:
 
     def between(self, start: int, stop: int, order: Tensor | None) -> Batch:
         """The batch of the samples from `start` to `stop` of the given order."""
-        ids = torch.arange(start, stop) if order is None else order[start:stop]
-        return self._taken(_slicer(start, stop) if order is None else _picker(ids), ids)
+        return self._taken(*_taker(start, stop, order))
 
     def kept(self, batch: Batch) -> Any:
         """The little that `again` makes one of these batches from: kept instead of it, it holds none of its arrays."""

@@ -46,14 +46,13 @@ class Gate:
         whole = all(local(p) is p for p in parameters)
         fused = whole and all(group.get("fused") for group in optimizer.param_groups)
         self._fused = FusedStep(optimizer) if fused else None
-        # Fused kernels know no sparse gradients.
-        self._whole = fused
         self._found, self._one = torch.zeros(()), torch.ones(())
 
     def bad(self, parameters: tuple[nn.Parameter, ...], sums: Sequence[Tensor] = ()) -> Tensor:
         """Whether any gradient, or any of some sums, is not finite, on the device."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        numbers: list[Any] = gradients if self._whole else [_plain(gradient) for gradient in gradients]
+        # Gradients that a fused kernel takes are whole and dense.
+        numbers: list[Any] = [_plain(gradient) for gradient in gradients] if self._fused is None else gradients
         numbers += sums
         if not numbers:
             return torch.zeros((), dtype=torch.bool)

@@ -132,14 +132,11 @@ def train_step(
         outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.parameters[0].device.type)
         if confirm is not None:
             confirm(outputs)
-        kept = None if waiting is None or not checked else waiting.kept(batch, outputs)
-        pulled = None
-        if waiting is not None and kept is not None:
-            pulled = waiting.closed.pull(kept.y_true, kept.output, kept.sample_weight, kept.mask)
-        if pulled is None:
-            kept = None
+        waits = None if waiting is None or not checked else waiting.pull(batch, outputs)
+        if waits is None:
             found = plan.objective.backprop(batch.y, outputs, batch.sample_weight, batch.mask, by, checked)
         else:
+            kept, pulled = waits
             found = Backprop({}, [outputs] if outputs.requires_grad else [], [pulled.gradient])
             sums = pulled.sums
         tallies = found.tallies

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,20 @@ from lossledger.training.waiting import Kept, Waiting, tallies_of
 from lossledger.window import check_replay, merged
 
 LOG_SECONDS = 0.1
+
+T = TypeVar("T")
+
+
+class Taker(Protocol[T]):
+    """Adds up something of a pass, and of its intervals."""
+
+    def read(self) -> T:
+        """Of the whole pass, on the host."""
+        ...
+
+    def intervals(self, steps: int) -> list[tuple[int, T]]:
+        """Of every interval by its last step, of which there are `steps` so far."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -255,24 +270,16 @@ class Pass:
         closed = [] if self.intervals is None else of_all_ranks(group.gather(self.intervals.all(self.steps)))
         intervals = [(step, in_order(self.objective, part)) for step, part in closed]
         seconds = time.perf_counter() - self.started
+        groups = ([], {}) if self.grouping is None else self._over_ranks(self.grouping, grouping.of_all_ranks)
+        spread = ({}, {}) if self.spread is None else self._over_ranks(self.spread, spreading.of_all_ranks)
         grouped = {} if self.grouping is None else self.grouping.kept()
-        return PassResult(
-            tallies, logs, measured, steps, seconds, intervals, self.samples, self._groups(), grouped, self._spreads()
-        )
+        return PassResult(tallies, logs, measured, steps, seconds, intervals, self.samples, groups, grouped, spread)
 
-    def _groups(self) -> tuple[list[GroupSums], dict[int, list[GroupSums]]]:
-        if self.grouping is None:
-            return [], {}
-        ranks = self.group.gather((self.grouping.read(), dict(self.grouping.intervals(self.steps))))
-        parts = {step: grouping.of_all_ranks(found[step] for _, found in ranks) for step in ranks[0][1]}
-        return grouping.of_all_ranks(whole for whole, _ in ranks), parts
-
-    def _spreads(self) -> tuple[Found, dict[int, Found]]:
-        if self.spread is None:
-            return {}, {}
-        ranks = self.group.gather((self.spread.read(), dict(self.spread.intervals(self.steps))))
-        parts = {step: spreading.of_all_ranks(found[step] for _, found in ranks) for step in ranks[0][1]}
-        return spreading.of_all_ranks(whole for whole, _ in ranks), parts
+    def _over_ranks(self, taker: Taker[T], joined: Callable[[Iterable[T]], T]) -> tuple[T, dict[int, T]]:
+        """What a taker found in the whole pass and in each interval, that of all ranks joined."""
+        ranks = self.group.gather((taker.read(), dict(taker.intervals(self.steps))))
+        parts = {step: joined(found[step] for _, found in ranks) for step in ranks[0][1]}
+        return joined(whole for whole, _ in ranks), parts
 
     def empty(self) -> bool:
         """Whether no rank had a batch."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lossledger.batch import Batch
 from lossledger.objective import Objective
-from lossledger.objective.closed import Closed, can_wait
+from lossledger.objective.closed import Closed, Pull, can_wait
 from lossledger.tally import Tally
 from lossledger.training.packed import Packed
 from lossledger.weighting import carried_mask
@@ -68,7 +68,7 @@ class Waiting:
         self._objective = objective
         self._by = by
         self._copies = copies
-        self.closed = Closed(objective)
+        self._closed = Closed(objective)
         self._batches: list[Kept] = []
 
     @classmethod
@@ -90,6 +90,12 @@ class Waiting:
                 return None
         arrays = [given.clone() if given is not None and self._copies else given for given in (y, weight, mask)]
         return Kept(arrays[0], output.detach(), arrays[1], arrays[2])
+
+    def pull(self, batch: Batch, output: Any) -> tuple[Kept, Pull] | None:
+        """A batch of a step that may wait, with what to back-propagate now; else `None`."""
+        kept = self.kept(batch, output)
+        found = None if kept is None else self._closed.pull(kept.y_true, kept.output, kept.sample_weight, kept.mask)
+        return None if kept is None or found is None else (kept, found)
 
     def __len__(self) -> int:
         return len(self._batches)
