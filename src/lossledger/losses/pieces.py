@@ -57,9 +57,8 @@ def backprop(
                 return None
             tallies.append(loss._tally_elements(piece, closed[0], by))
             slopes = closed[1]
-            backward.multiply(
-                slopes, backward.entry_weight(loss, piece, slopes), 1.0 if scale is None else scale, slopes
-            )
+            # Where pieces alone tell what divides, the gradient is scaled at the end.
+            backward.multiply(slopes, backward.entry_weight(loss, piece, slopes), scale, slopes)
             gradient[rows] = loss.restore(slopes, output[rows])
             # Else it would be there until the next one is.
             del piece, closed, slopes
