@@ -49,6 +49,23 @@ def test_flags_travel_as_numbers():
         assert any_of([bits(row) for row in rows], length) == [any(column) for column in zip(*rows, strict=True)]
 
 
+def test_connections_close_before_the_interpreter_is_taken_down(tmp_path):
+    # Else a thread of gloo that still has a tensor then aborts the process, one time in some.
+    script = f"""
+        import atexit
+        atexit.register(lambda: print("closed", found.failed))
+        import torch.distributed as dist
+        from lossledger.distributed import ranks
+        dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+        found = ranks.Ranks(dist.group.WORLD)
+        ranks._known.append(found)
+        print("open", found.failed)
+        dist.destroy_process_group()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()) == (0, ["open", "False", "closed", "True"]), done.stderr
+
+
 # --- ranks that are gone -------------------------------------------------------------------------------------------
 
 

@@ -115,6 +115,10 @@ class Ranks:
                 for tensor, part in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
                     tensor.copy_(part.view_as(tensor))
 
+    def close(self) -> None:
+        """Leave the group; the last reference goes, and its connections close."""
+        self._host = None
+
     def fail(self, error: BaseException) -> None:
         """Say why, and leave: whoever waits for this rank is told by the closed connection."""
         if self._host is None:
@@ -123,8 +127,7 @@ class Ranks:
             with contextlib.suppress(Exception):
                 text = f"rank {self.rank} failed with {type(error).__name__}: {error}"
                 _store().set(self._key, text)
-        # The last reference: its connections close.
-        self._host = None
+        self.close()
 
     @property
     def _key(self) -> str:
@@ -179,6 +182,14 @@ def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 _known: list[Ranks] = []
+
+
+@atexit.register
+def _close() -> None:
+    # A thread of gloo that lets go of its last tensor while the interpreter is taken down ends the process with an
+    # abort, whoever closed the user's group before.
+    for ranks in _known:
+        ranks.close()
 
 
 def joined(given: Any = None, device: torch.device | None = None) -> Group:
@@ -260,7 +271,7 @@ def _start(store: Any, rank: int, size: int) -> str:
 
 
 def _leave() -> None:
-    _known.clear()
+    _close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
