@@ -34,9 +34,11 @@ $(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.dev
 demo: $(VENV)/.demo
 	$(BIN)/lossledger demo
 
-# Everything that guards main, in minutes.
+# Everything that guards main, in minutes: shared by the cores, each test in one process.
+QUICK := $(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(QUICK)
 
 # The demo at full size with its effect, and thousands of random cases against the installed Keras, tf_keras, torch
 # and optax.
@@ -48,7 +50,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(QUICK)
 
 # Speed, measured beside plain torch in one run, then exactness; prints tables and writes benchmarks/results.
 bench: $(VENV)/.dev exactness

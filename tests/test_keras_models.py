@@ -851,7 +851,6 @@ def test_crossentropy_is_resolved_by_the_output_or_refused():
         lambda: keras.metrics.R2Score(name="r2"),
         lambda: keras.metrics.F1Score(threshold=0.5, name="f1"),
     ],
-    ids=str,
 )
 def test_a_metric_of_keras_is_the_number_of_keras(metric, weighted):
     x, _ = data(40)
