@@ -69,7 +69,11 @@ hook = net.register_forward_hook(lambda m, i, output: seen.append(faults()) and 
 trained.evaluate(x.repeat(2, 1), y.repeat(2, 1), batch_size=6144, verbose=0)
 evaluated = seen
 hook.remove()
+seen = []
+hook = net.register_forward_hook(lambda m, i, output: seen.append(faults()) and None)
 prediction = trained.predict(x, batch_size=6144)
+predicted = seen
+hook.remove()
 
 # Something of every batch stays: behind it no large block fits again, and nothing is saved. Every batch is a log point,
 # so that the test does not depend on the speed of the machine.
@@ -93,7 +97,7 @@ def steps(found):
 print(json.dumps({
     **found, "resident": look.resident,
     "steps": steps(look.faults), "loss": history.history["loss"], "weights": float(net[0].weight.double().sum()),
-    "evaluated": steps(evaluated),
+    "evaluated": steps(evaluated), "predicted": steps(predicted),
     "single": alone, "staying": staying, "prediction": float(prediction.astype("float64").sum()),
 }))
 """
@@ -122,8 +126,9 @@ def test_a_step_of_fit_touches_few_new_pages(found):
 
 
 @needs_glibc
-def test_nor_does_a_batch_of_evaluate(found):
-    assert 2 * found["on"]["evaluated"] < found["off"]["evaluated"] > 20_000
+@pytest.mark.parametrize("which", ["evaluated", "predicted"])
+def test_nor_does_a_batch_of_evaluate_or_predict(found, which):
+    assert 2 * found["on"][which] < found["off"][which] > 20_000
 
 
 @needs_glibc

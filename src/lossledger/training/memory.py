@@ -2,7 +2,7 @@
 
 glibc maps each large block from the kernel and unmaps it when it is freed. The kernel hands out pages filled with
 zeros, one page fault at a time, so a step on the CPU pays for all of its activations and gradients again and again.
-While a pass of `fit` or `evaluate` runs, blocks come from the heap and the heap is not trimmed; after it,
+While a pass of `fit`, `evaluate` or `predict` runs, blocks come from the heap and the heap is not trimmed; after it,
 what is free goes back to the kernel. `LOSSLEDGER_KEEP_MEMORY=0` in the environment leaves the allocator alone.
 """
 

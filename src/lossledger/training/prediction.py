@@ -15,6 +15,7 @@ from lossledger.distributed import at_rest, is_sharded
 from lossledger.errors import EmptyDataError, InputTypeError
 from lossledger.forward import Call, run_forward
 from lossledger.objective import unpacked
+from lossledger.training import memory
 from lossledger.training.data import array_data, check_kind, is_arrays
 from lossledger.training.modes import evaluating
 
@@ -37,8 +38,10 @@ def predict(
     """
     check_kind(x)
     inputs: Iterable[Any]
+    count = steps
     if is_arrays(x):
         data = array_data(x, dtype=dtype)
+        count = data.steps(batch_size) if steps is None else steps
         inputs = (batch.x for batch in data.batches(batch_size, None))
         joined = Joined(data.length if steps is None else min(data.length, steps * batch_size))
     else:
@@ -46,7 +49,7 @@ def predict(
         joined = Joined(None)
     # What fully_shard gathers in inference mode cannot be used in a later training step.
     still = torch.no_grad() if is_sharded(net) else torch.inference_mode()
-    with evaluating(net), still:
+    with evaluating(net), still, memory.kept(device, count):
         for one in itertools.islice(inputs, steps):
             here = one if device.type == "cpu" else to_device(Batch(one), device).x
             joined.add(unpacked(run_forward(forward, here, autocast, device.type))[0])
