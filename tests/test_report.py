@@ -28,9 +28,9 @@ from lossledger.errors import InputError, LedgerError
 from lossledger.ledger import Ledger, MetricRow, Row
 from lossledger.ledger.table import cell_width
 from lossledger.report import as_json, as_markdown, as_text, build_view, display, report
+from lossledger.report.cells import against_cells, comparison_cells
 from lossledger.report.charts import MOST_POINTS, curve_specification, curves, runtime
 from lossledger.report.html import MOST_PICTURE_BYTES, load_pictures, render
-from lossledger.report.text import against_cells, comparison_cells
 from lossledger.report.view import Comparison
 
 CLASSES = ("road", "building", "tree", "car", "sign")

@@ -21,7 +21,8 @@ from lossledger.ledger import Ledger
 from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
 from lossledger.report import report
-from lossledger.report.text import class_table_cells, comparison_cells, sentences
+from lossledger.report.cells import class_table_cells, comparison_cells
+from lossledger.report.sentences import verdict_sentences
 from lossledger.report.view import build_view
 from lossledger.training.places import add_places
 from lossledger.weighting import argmax_weights
@@ -172,7 +173,7 @@ def _say(console: Console, ledger: Ledger) -> None:
     for table in view.tables:
         if table.form == "linear":
             console.print(_rich_table(*class_table_cells(table), title=f"Validation by class: {table.term}"))
-    for sentence in sentences(view.verdict):
+    for sentence in verdict_sentences(view.verdict):
         console.print(sentence, highlight=False)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from lossledger.report.numbers import display
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +60,3 @@ def gap_view(found: object) -> GapView | None:
         return GapView(int(last["epoch"]), float(last["loss"]), float(last["val_loss"]), tuple(lines), notes)
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def gap_sentence(gap: GapView) -> str:
-    """Where the way starts and ends.
-
-    Args:
-        gap: of a run.
-    """
-    return (
-        f"After epoch {gap.epoch} the training loss is {display(gap.loss, digits=4)}, the validation loss "
-        f"{display(gap.val_loss, digits=4)}. " + " ".join(gap.notes)
-    ).strip()
-
-
-def gap_cells(gap: GapView) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the parts.
-
-    Args:
-        gap: of a run.
-    """
-    lines = []
-    for line in gap.lines:
-        exact = line.error is not None and math.isclose(line.error, 0.0, abs_tol=1e-300)
-        error = "exact" if exact else display(line.error, digits=2)
-        lines.append([line.name, display(line.value), error, display(line.level, digits=4)])
-    return ["part", "change", "± error", "loss"], lines

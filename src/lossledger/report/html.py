@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lossledger.errors import LedgerError
 from lossledger.ledger import Ledger
-from lossledger.report import text
+from lossledger.report import cells, sentences
 from lossledger.report.charts import curve_specification, draw, runtime
 from lossledger.report.numbers import Style, display
 from lossledger.report.plots import place_chart, scatter
@@ -91,7 +91,8 @@ def render(view: ReportView) -> str:
         code = runtime() if limits.live and charted else ""
         page = template.render(
             view=view,
-            text=text,
+            cells=cells,
+            sentences=sentences,
             names=[run.run for run in view.runs],
             limits=limits,
             runtime=_trusted(code),

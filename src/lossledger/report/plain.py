@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lossledger.ledger.segments import plain
-from lossledger.report.text import sentences
+from lossledger.report.sentences import verdict_sentences
 from lossledger.report.view import ReportView, RunView
 
 SCHEMA = 1
@@ -53,7 +53,7 @@ def as_json(view: ReportView) -> str:
 def _run(run: RunView) -> dict[str, Any]:
     found = asdict(run)
     found["provenance"] = dict(run.provenance)
-    found["sentences"] = sentences(run.verdict)
+    found["sentences"] = verdict_sentences(run.verdict)
     for table, own in zip(found["tables"], run.tables, strict=True):
         for line, row in zip(table["rows"], own.rows, strict=True):
             line["metrics"] = dict(zip(own.metrics, row.metrics, strict=True))
