@@ -19,16 +19,16 @@ class Average:
     """
 
     def __init__(self, parameters: tuple[nn.Parameter, ...], decay: float | None) -> None:
-        self._parameters, self._decay = parameters, decay
+        self._parameters, self.decay = parameters, decay
         self._average: list[Tensor] = []
 
     def update(self) -> None:
         """Take in the parameters as they are now."""
-        assert self._decay is not None
+        assert self.decay is not None
         if not self._average:
             self._average = [local(p.detach()).clone() for p in self._parameters]
             return
-        torch._foreach_lerp_(self._average, [local(p.detach()) for p in self._parameters], 1 - self._decay)
+        torch._foreach_lerp_(self._average, [local(p.detach()) for p in self._parameters], 1 - self.decay)
 
     def state_dict(self) -> list[Tensor]:
         """The average; empty before the first step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,12 +12,13 @@ import torch
 from lossledger.batch import Batch
 from lossledger.distributed import Group, same_buffers, together
 from lossledger.errors import NonFiniteError
+from lossledger.forward import Forward
 from lossledger.ledger import Ledger
 from lossledger.ledger.samples import stacked
 from lossledger.losses.groups import AndSamples
 from lossledger.objective import Objective
 from lossledger.training import boundary, grouping, loop, measure, memory, posting, spreading
-from lossledger.training.backup import Progress
+from lossledger.training.average import Average
 from lossledger.training.data import ArrayData, Data, order_of
 from lossledger.training.jit import Course
 from lossledger.training.known import Assumed
@@ -31,11 +32,27 @@ from lossledger.training.waiting import Waiting
 from lossledger.training.watching import EpochEnd, watchers
 
 
+@dataclass(slots=True, eq=False)
+class Progress:
+    """How far a call of `fit` has come.
+
+    Args:
+        history: numbers by name, one an epoch.
+        done: the epochs that ended, from 0.
+        step: number of the next epoch's first step, from 1.
+    """
+
+    history: dict[str, list[float]] = field(default_factory=dict)
+    done: list[int] = field(default_factory=list)
+    step: int = 1
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitting:
     """What the epochs of one call of `fit` share, already checked.
 
     Args:
+        forward: of the model, with its weights.
         plan: of a training step.
         frozen_plan: of a validation: without class weights.
         metrics: the metrics.
@@ -50,13 +67,16 @@ class Fitting:
         ledger: takes the rows.
         run_dir: where the ledger is written after every epoch, if anywhere.
         stopped: whether a callback ended the training.
-        progress: how far a resumed run was.
+        stop: sets that.
+        average: of the weights.
         group: the ranks that share the data.
         samples: keep what each sample brings to the loss.
         spread: keep how far the elements reach.
         first_held: index of the first sample of the validation in the data that were given.
+        progress: how far a resumed run was.
     """
 
+    forward: Forward
     plan: StepPlan
     frozen_plan: StepPlan
     metrics: tuple[MetricPlan, ...]
@@ -71,11 +91,13 @@ class Fitting:
     ledger: Ledger
     run_dir: str | Path | None
     stopped: Callable[[], bool]
-    progress: Progress
+    stop: Callable[[bool], None]
+    average: Average
     group: Group
     samples: bool = False
     spread: bool = False
     first_held: int = 0
+    progress: Progress = field(default_factory=Progress)
 
     def run(self, show: Show) -> tuple[dict[str, list[float]], list[int]]:
         """All epochs, or those that a resumed run lacks: the numbers by name, and the epochs that ran."""

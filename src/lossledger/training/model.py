@@ -16,7 +16,7 @@ from lossledger.integrations import compiled_arguments, forward_of
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
 from lossledger.objective import plan as planning
-from lossledger.training import backup, boundary, loop, memory, prediction, sharing, sums
+from lossledger.training import boundary, loop, memory, opening, prediction, sharing, sums
 from lossledger.training.average import Average
 from lossledger.training.callbacks import as_callbacks
 from lossledger.training.checking import checking
@@ -27,7 +27,7 @@ from lossledger.training.history import History, as_keras
 from lossledger.training.modes import training
 from lossledger.training.placed import Placed
 from lossledger.training.progress import Show
-from lossledger.training.provenance import provenance, recipe
+from lossledger.training.provenance import provenance
 from lossledger.training.sampling import check_samples, numbering
 
 
@@ -248,52 +248,15 @@ class Model(Placed):
         assumed = boundary.check_targets_of_all(plan, compiled.plan, data, held, device, known)
         boundary.warn_if_trainable_changed(plan, self._forward.named_parameters())
         calls = as_callbacks(callbacks)
-        found = backup.found_by(group, run_dir if resume else None)
+        found = opening.found_by(group, run_dir if resume else None)
         seed = boundary.seed_of(seed) if found is None or seed is not None else found.state["recipe"]["seed"]
         seed = int(group.gather(seed)[0])
         sharing.begin(group, self.net, seed)
-        params = {"epochs": epochs, "steps": boundary.updates_of(steps, accumulate), "seed": seed}
-        made = provenance(plan, seed, batch_size, accumulate, group.size)
         average = Average(plan.parameters, settings.ema)
-        progress = backup.Progress()
-        saving, ledger = backup.open_run(
-            group,
-            run_dir,
-            found,
-            lambda: recipe(
-                made,
-                plan,
-                self._forward.state(),
-                data,
-                held,
-                metrics=[p.name for p in compiled.metrics],
-                callbacks=[type(callback).__name__ for callback in backup.stateful(calls)],
-                shuffle=bool(shuffle),
-                steps_per_epoch=steps_per_epoch,
-                initial_epoch=initial_epoch,
-                validation_freq=validation_freq,
-                ema=settings.ema,
-                on_nonfinite=settings.on_nonfinite,
-                ledger_steps=ledger_steps,
-                samples=samples or None,
-                spread=spread or None,
-            ),
-            backup.Changing(
-                self._forward,
-                plan.optimizer,
-                average,
-                calls,
-                data,
-                held,
-                progress,
-                stopped=lambda: self.stop_training,
-                stop=lambda value: setattr(self, "stop_training", value),
-                device=device,
-            ),
-        )
-        self.ledger = Ledger("run" if run_dir is None else Path(run_dir).name, made) if ledger is None else ledger
+        made = provenance(plan, seed, batch_size, accumulate, group.size)
         show = Show(verbose if writes else 0)
         fitting = Fitting(
+            forward=self._forward,
             plan=plan,
             frozen_plan=compiled.plan,
             metrics=compiled.metrics,
@@ -310,29 +273,31 @@ class Model(Placed):
                 checked=boundary.checked_at_once(data, device),
                 callbacks=calls,
                 after_step=average.update if settings.ema is not None else None,
-                backup=saving,
-                checks=checking(checks, ignore_checks, plan.objective, self.ledger, show, group),
                 assumed=assumed,
             ),
             device=device,
             epochs=range(initial_epoch, epochs),
             shuffled=bool(shuffle),
             seed=seed,
-            ledger=self.ledger,
+            ledger=Ledger("run" if run_dir is None else Path(run_dir).name, made),
             run_dir=run_dir,
             stopped=lambda: self.stop_training,
-            progress=progress,
+            stop=lambda value: setattr(self, "stop_training", value),
+            average=average,
             group=group,
             samples=check_samples(samples),
             spread=bool(spread),
             first_held=(data.length or 0) if validation_split else 0,
         )
+        fitting = opening.opened(
+            fitting, found, lambda ledger: checking(checks, ignore_checks, plan.objective, ledger, show, group)
+        )
+        self.ledger = fitting.ledger
+        params = {"epochs": epochs, "steps": boundary.updates_of(steps, accumulate), "seed": seed}
         params_of_callbacks = {**params, "validation": held is not None, "resumed": found is not None}
-        return History(*self._run(fitting, show, params_of_callbacks, average), fitting.ledger, params)
+        return History(*self._run(fitting, show, params_of_callbacks), fitting.ledger, params)
 
-    def _run(
-        self, fitting: Fitting, show: Show, params: dict[str, Any], average: Average
-    ) -> tuple[dict[str, list[float]], list[int]]:
+    def _run(self, fitting: Fitting, show: Show, params: dict[str, Any]) -> tuple[dict[str, list[float]], list[int]]:
         self.stop_training = False
         # A step of somebody else may have left gradients, as those of Keras do.
         fitting.plan.optimizer.zero_grad(set_to_none=True)
@@ -348,7 +313,7 @@ class Model(Placed):
             fitting.record(error)
             raise
         finally:
-            average.install()
+            fitting.average.install()
             for callback in callbacks:
                 callback.on_train_end({})
 
