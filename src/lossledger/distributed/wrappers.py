@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 
 def _of(net: nn.Module, kind: str) -> list[Any]:
-    if not dist.is_available():
+    # They need ranks; a walk over the modules at each window would cost more than the rest of it.
+    if not dist.is_available() or not dist.is_initialized():
         return []
     if kind == "fsdp":
         from torch.distributed.fsdp import FSDPModule

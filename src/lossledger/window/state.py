@@ -13,9 +13,10 @@ def moving(model: nn.Module) -> Iterator[Tensor]:
     """What a forward in train mode changes by itself: buffers, and the variables that Keras layers do not train."""
     seen: set[int] = set()
     for module in model.modules():
-        # Keras keeps running statistics and seeds in parameters without a gradient.
-        variables = [getattr(v, "value", v) for v in getattr(module, "non_trainable_variables", ())]
-        for tensor in (*module.buffers(recurse=False), *variables):
+        # Keras keeps running statistics and seeds in parameters without a gradient. Modules of torch have nothing of
+        # that name, which to ask for would take longer than all else here.
+        kept = () if type(module).__module__.startswith("torch.") else getattr(module, "non_trainable_variables", ())
+        for tensor in (*module._buffers.values(), *(getattr(v, "value", v) for v in kept)):
             if isinstance(tensor, Tensor) and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield tensor
