@@ -14,6 +14,7 @@ from torch import nn
 
 import inputs
 import lossledger as ll
+from calls import counted
 from declarations import AXES, OVERLAPS, REDUCTIONS, ROWS
 from lossledger.forward import run_forward
 from window_laws import Table, gradients, norm
@@ -159,6 +160,20 @@ def test_a_ratio_takes_two_rounds_where_there_are_several_batches(loss, batches,
     assert seen == [forwards > batches and i >= batches for i in range(forwards)]
     assert [grad for _, grad in net.calls] == [forwards == batches or i >= batches for i in range(forwards)]
     assert torch.is_grad_enabled()
+
+
+def test_what_a_window_asks_of_each_module_is_little():
+    """Python calls that a window of two batches makes beside the forwards, for each layer of the model."""
+
+    def beside(layers):
+        net = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(layers)), nn.Linear(3, 2)).double()
+        batches, objective = cut(*points(), 5), ll.Objective("mse")
+        forwards = counted(lambda: [net(x) for x, _ in batches])
+        objective.step(batches, net)
+        return counted(lambda: objective.step(batches, net)) - forwards
+
+    # Three walks, each of a few frames a module; asked by name for what Keras layers keep, it was 55.
+    assert (beside(60) - beside(20)) / 40 <= 30
 
 
 def test_the_second_round_draws_the_same_random_numbers():
