@@ -38,14 +38,15 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
-    def open(self, path: Path, until: str = "true") -> None:
-        """Go to a file and wait until an expression holds there."""
-        self.call("Page.navigate", url=path.as_uri())
-        self.wait(f"document.readyState === 'complete' && ({until})")
+    def open(self, address: str, until: str = "true") -> None:
+        """Go to an address and wait until an expression holds there."""
+        self.call("Page.navigate", url=address)
+        self.wait(f"document.readyState === 'complete' && location.href === {json.dumps(address)} && ({until})")
 
     def wait(self, expression: str, seconds: float = 60.0) -> None:
+        """Wait until an expression holds; the page may be loaded again meanwhile, and lack what it asks for."""
         end = time.monotonic() + seconds
-        while not self.ask(expression):
+        while self.call("Runtime.evaluate", expression=f"!!({expression})")["result"].get("value") is not True:
             assert time.monotonic() < end, f"waited {seconds} s for {expression}; {self.complaints()}"
             time.sleep(0.05)
 

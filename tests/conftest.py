@@ -22,3 +22,9 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs that a test interrupts: the process lives on, so nothing need reach the disk."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)

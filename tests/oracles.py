@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 
@@ -124,3 +125,7 @@ def overlap(y, p, kappa, alpha, beta, axis, smooth=EPSILON, weight=None, mask=No
     tp, fp, fn = ((w * v).sum(axes) for v in (y * p, (1 - y) * p, y * (1 - p)))
     wrong = alpha * fp + beta * fn
     return wrong / (kappa * tp + wrong + smooth)
+
+
+def distance(a, b):
+    return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)))

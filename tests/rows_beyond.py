@@ -10,6 +10,7 @@ import lossledger as ll
 import oracles
 from declaration import Declaration
 from inputs import COLUMNS, binary_logits, binary_probabilities, counts, regression
+from oracles import distance
 
 L = ll.losses
 CLASSES = np.array([1.0, 3.0, 0.5])
@@ -101,10 +102,6 @@ def stirling(y):
 def members(fn, y, p):
     """Entries `[…, 1]` from a function of a label and the scores or vectors that belong to it."""
     return each(lambda label, i: fn(label, p[i[:-1]]), y, p)
-
-
-def distance(a, b):
-    return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
 
 
 def contrastive(label, pair, margin):

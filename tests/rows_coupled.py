@@ -12,15 +12,12 @@ import numpy as np
 import lossledger as ll
 import oracles
 from declaration import Declaration
+from oracles import distance
 
 L = ll.losses
 
 
 # --- oracles: the loss of each anchor, None where it does not count ------------------------------------------------
-
-
-def distance(a, b):
-    return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
 
 
 def cosine(a, b):

@@ -13,6 +13,7 @@ import lossledger as ll
 import test_training as tt
 from lossledger.training import loop
 from lossledger.training.data import order_of
+from window_laws import Noise
 
 L = ll.losses
 LOGITS = {"from_logits": True}
@@ -243,15 +244,6 @@ def test_dropout_and_batch_norm_train_in_two_rounds():
     assert torch.equal(after, torch.rand(2))
     assert torch.equal(model.net[1].running_mean, plain[1].running_mean)
     assert int(model.net[1].num_batches_tracked) == 4
-
-
-class Noise(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rng = np.random.default_rng(0)
-
-    def forward(self, x):
-        return x * (1 + 0.1 * float(self.rng.random()))
 
 
 def test_a_model_that_cannot_be_replayed_does_not_train():

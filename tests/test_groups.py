@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import lossledger as ll
+from interrupted import KillBefore, Killed
 from lossledger.errors import CheckpointError, InputError, InputTypeError
 
 L = ll.losses
@@ -32,10 +31,10 @@ LOSSES = {
 }
 
 
-def data(labels=False):
+def data(labels=False, size=N):
     g = torch.Generator().manual_seed(3)
-    x = torch.randn(N, 4, generator=g, dtype=torch.float64)
-    y = (torch.rand(N, COLUMNS, generator=g) < 0.5).double()
+    x = torch.randn(size, 4, generator=g, dtype=torch.float64)
+    y = (torch.rand(size, COLUMNS, generator=g) < 0.5).double()
     return x, y.argmax(-1) if labels else y
 
 
@@ -177,23 +176,10 @@ def test_groups_of_steps_add_up_to_those_of_epochs(loss, loader, every):
                 assert sum(row[name] for row in own) == pytest.approx(whole[name], rel=1e-9, abs=1e-12)
 
 
-class Killed(BaseException):
-    """Nothing of the library catches it."""
-
-
 @pytest.mark.parametrize("loader", [False, True], ids=["arrays", "batches"])
 @pytest.mark.parametrize("step", [3, 7, 9])
-def test_a_resumed_run_has_every_sample_of_a_group_once(tmp_path, monkeypatch, step, loader):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-
-    class Kill(ll.callbacks.Callback):
-        left = step
-
-        def on_train_batch_begin(self, batch, logs):
-            self.left -= 1
-            if not self.left:
-                raise Killed
-
+@pytest.mark.usefixtures("no_sync")
+def test_a_resumed_run_has_every_sample_of_a_group_once(tmp_path, step, loader):
     def fitted(groups=GROUPS, **options):
         given = (batches(),) if loader else data()
         more = {} if loader else {"groups": groups}
@@ -202,7 +188,7 @@ def test_a_resumed_run_has_every_sample_of_a_group_once(tmp_path, monkeypatch, s
 
     backup = ll.callbacks.BackupAndRestore(save_freq=1)
     with pytest.raises(Killed):
-        fitted(run_dir=tmp_path / "run", callbacks=[Kill(), backup])
+        fitted(run_dir=tmp_path / "run", callbacks=[KillBefore(step), backup])
     if not loader and step != 7:
         other = {**GROUPS, "site": [name.upper() for name in SITE]}
         with pytest.raises(CheckpointError, match=r"groups\['site'\]: expected the groups of the run"):

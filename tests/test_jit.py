@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import lossledger as ll
+from interrupted import KillAfter, Killed
 from lossledger.errors import InputError, InputTypeError, NonFiniteError
 from lossledger.training.data import array_data
 from lossledger.training.jit import Course
@@ -388,22 +389,6 @@ def test_numbers_of_the_optimizer_may_change_in_any_step():
     assert len(programs(jitted[0])) == 2 and jitted[2] == []
 
 
-class Stop(BaseException):
-    """Nothing of the library catches it."""
-
-
-class Interrupt(ll.callbacks.Callback):
-    """Ends the process at a step."""
-
-    def __init__(self, step):
-        self.left = step
-
-    def on_train_batch_end(self, batch, logs):
-        self.left -= 1
-        if self.left == 0:
-            raise Stop
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("metrics", [None, ["mae"]])
 def test_a_run_that_is_resumed_is_bit_for_bit_the_one_that_was_not_interrupted(tmp_path, metrics):
@@ -411,7 +396,7 @@ def test_a_run_that_is_resumed_is_bit_for_bit_the_one_that_was_not_interrupted(t
         model = ll.Model(network(inside=lambda: nn.Dropout(0.3)))
         model.compile("adam", "mse", jit=True, ema=0.9, metrics=metrics)
         torch.manual_seed(3)
-        used = [ll.callbacks.BackupAndRestore(1), *([] if stop is None else [Interrupt(stop)])]
+        used = [ll.callbacks.BackupAndRestore(1), *([] if stop is None else [KillAfter(stop)])]
         options = {"epochs": 2, "batch_size": SIZE, "seed": 0, "verbose": 0, "callbacks": used}
         history = model.fit(X, REAL, run_dir=tmp_path / name, resume=resume, **options)
         state = model.optimizer.state_dict()["state"]
@@ -419,7 +404,7 @@ def test_a_run_that_is_resumed_is_bit_for_bit_the_one_that_was_not_interrupted(t
 
     whole = run("whole")
     for stop in (2, 3, 6):
-        with pytest.raises(Stop):
+        with pytest.raises(Killed):
             run(f"{stop}", stop)
         weights, state, history, rows = run(f"{stop}", resume=True)
         assert all(torch.equal(a, weights[name]) for name, a in whole[0].items())

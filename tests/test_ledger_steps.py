@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 from torch import nn
 
 import lossledger as ll
+from interrupted import KillBefore, Killed
 from lossledger.errors import InputError
 
 L = ll.losses
@@ -100,26 +100,13 @@ def test_steps_that_are_left_out_count_in_no_row():
     assert [row.nonfinite > 0 for row in rows] == [False, True, False, False, False, False]
 
 
-class Killed(BaseException):
-    """Nothing of the library catches it."""
-
-
 @pytest.mark.parametrize("step", [2, 3, 6, 7, 9])
-def test_a_resumed_run_has_every_step_once(tmp_path, monkeypatch, step):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-
-    class Kill(ll.callbacks.Callback):
-        left = step
-
-        def on_train_batch_begin(self, batch, logs):
-            self.left -= 1
-            if not self.left:
-                raise Killed
-
+@pytest.mark.usefixtures("no_sync")
+def test_a_resumed_run_has_every_step_once(tmp_path, step):
     options = {"run_dir": tmp_path / "run", "ledger_steps": 4}
     backup = ll.callbacks.BackupAndRestore(save_freq=1)
     with pytest.raises(Killed):
-        fitted(**options, callbacks=[Kill(), backup])
+        fitted(**options, callbacks=[KillBefore(step), backup])
     found = fitted(**options, callbacks=[backup], resume=True)
     assert found.rows == fitted(ledger_steps=4).rows
     assert ll.Ledger.open(tmp_path / "run").rows == found.rows

@@ -14,17 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lossledger as ll
+from declarations import REDUCTIONS
 from lossledger.errors import InputError, InputTypeError
 
 L = ll.losses
-REDUCTIONS = (
-    "sum_over_batch_size",
-    "sum",
-    "mean_with_sample_weight",
-    "sum_over_all_entries",
-    "sum_over_nonzero_weights",
-    "mean_per_sample",
-)
 
 
 def problem(seed, vocabulary=11, width=4, entries=(3, 5), bias=True, dtype=torch.float64):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 import lossledger as ll
+from interrupted import KillBefore, Killed
 from lossledger.ledger import Ledger, Row
 from lossledger.report import as_text, build_view
 from lossledger.report.html import render
@@ -106,23 +106,14 @@ def test_a_step_left_out_was_not_shown(reproducible):
     assert (row.count, row.masked) == (COLUMNS * int(left.sum()), COLUMNS * int((~left).sum()))
 
 
-class Killed(BaseException):
-    """Nothing of the library catches it."""
-
-
-def test_a_resumed_run_masks_as_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+@pytest.mark.usefixtures("no_sync")
+def test_a_resumed_run_masks_as_the_whole(tmp_path):
     x, y, mask = data()
-
-    class Kill(ll.callbacks.Callback):
-        def on_train_batch_begin(self, batch, logs):
-            if batch == 3:
-                raise Killed
 
     backup = ll.callbacks.BackupAndRestore(save_freq=1)
     options = {"mask": mask, "batch_size": 4, "seed": 1, "verbose": 0, "ledger_steps": 2}
     with pytest.raises(Killed):
-        model().fit(x, y, run_dir=tmp_path / "run", callbacks=[Kill(), backup], **options)
+        model().fit(x, y, run_dir=tmp_path / "run", callbacks=[KillBefore(4), backup], **options)
     found = model().fit(x, y, run_dir=tmp_path / "run", callbacks=[backup], resume=True, **options).ledger
     assert found.rows == model().fit(x, y, **options).ledger.rows
     assert Ledger.open(tmp_path / "run").rows == found.rows

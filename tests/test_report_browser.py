@@ -52,7 +52,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 def page(browser: Page, runs: Path) -> Page:
     browser.forget()
     browser.view(1280)
-    browser.open(runs, DRAWN)
+    browser.open(runs.as_uri(), DRAWN)
     return browser
 
 
@@ -148,7 +148,7 @@ def test_charts_say_their_numbers_under_the_mouse(page: Page) -> None:
 def test_without_scripts_everything_is_there(page: Page, runs: Path) -> None:
     page.call("Emulation.setScriptExecutionDisabled", value=True)
     try:
-        page.open(runs)
+        page.open(runs.as_uri())
         seen = page.call("Accessibility.getFullAXTree")["nodes"]
     finally:
         page.call("Emulation.setScriptExecutionDisabled", value=False)

@@ -19,37 +19,17 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lossledger as ll
+from interrupted import Kill, Killed
 from killing import Noisy
 from lossledger.errors import CheckpointError, InputError, InputTypeError
 from lossledger.training import backup, checkpoint
 
+# These processes live on; what reaches the disk is tested by those that are killed.
+pytestmark = pytest.mark.usefixtures("no_sync")
+
 C, S = ll.callbacks, torch.optim.lr_scheduler
 N, SIZE, EPOCHS = 22, 5, 3
 STEPS = 5
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch):
-    """These processes live on; what reaches the disk is tested by those that are killed."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-
-
-class Killed(BaseException):
-    """Nothing of the library catches it."""
-
-
-class Kill(C.Callback):
-    """Raises at the n-th of the moments at which a run can be killed: in steps, and at the ends of epochs."""
-
-    def __init__(self, moment):
-        self.left = moment
-
-    def _count(self, *_):
-        self.left -= 1
-        if self.left == 0:
-            raise Killed
-
-    on_train_batch_begin = on_train_batch_end = on_epoch_end = on_epoch_begin = _count
 
 
 # A callback that counts comes first: one moment is then before the others at that place, and the next after them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 from pathlib import Path
 
@@ -14,19 +13,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lossledger as ll
+from interrupted import Kill, Killed
 from lossledger.errors import CheckpointError, InputError, InputTypeError, LedgerError, UnknownNameError
 from lossledger.ledger import Ledger
 from lossledger.training import waiting
-from test_resume import Kill, Killed, Stateful
+from test_resume import Stateful
 from test_store import damaged
 
+pytestmark = pytest.mark.usefixtures("no_sync")
+
 L, C = ll.losses, ll.callbacks
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch):
-    """What reaches the disk is tested by processes that are killed."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 N = 23

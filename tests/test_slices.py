@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
 
 import lossledger as ll
+from interrupted import KillBefore, Killed
 from lossledger.errors import InputError
 from lossledger.ledger.slices import student_tail, worst_slices
 
@@ -239,20 +239,9 @@ def test_groups_can_be_given_to_a_ledger_of_samples():
         made.ledger.worst_slices()
 
 
-def test_a_resumed_run_has_the_group_of_every_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+@pytest.mark.usefixtures("no_sync")
+def test_a_resumed_run_has_the_group_of_every_sample(tmp_path):
     x, y, groups = planted()
-
-    class Killed(BaseException):
-        """Nothing of the library catches it."""
-
-    class Kill(ll.callbacks.Callback):
-        left = 9
-
-        def on_train_batch_begin(self, batch, logs):
-            self.left -= 1
-            if not self.left:
-                raise Killed
 
     def fitted(folder, **options):
         given = {"epochs": 2, "batch_size": 200, "seed": 3, "verbose": 0, "samples": True, "groups": groups}
@@ -260,9 +249,8 @@ def test_a_resumed_run_has_the_group_of_every_sample(tmp_path, monkeypatch):
 
     backup = ll.callbacks.BackupAndRestore(save_freq=1)
     for moment in (4, 9):
-        Kill.left = moment
         with pytest.raises(Killed):
-            fitted(f"run {moment}", callbacks=[Kill(), backup])
+            fitted(f"run {moment}", callbacks=[KillBefore(moment), backup])
         resumed = fitted(f"run {moment}", callbacks=[backup], resume=True)
         whole = fitted(f"whole {moment}")
         for epoch in (1, 2):

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import lossledger as ll
+import test_groups
+from interrupted import KillBefore, Killed
 from lossledger.distributed import joined
 from lossledger.errors import CheckpointError
 from lossledger.training.checkpoint import Checkpoint
 from lossledger.training.data import array_data
 from lossledger.training.parts import check_ranks
+from test_groups import COLUMNS, model
 
 L = ll.losses
-N, COLUMNS = 21, 3
-SITE = np.array([("north", "south", "east")[i * i % 5 % 3] for i in range(N)])
+N = 21
+SITE = np.array(test_groups.SITE[:N])
+data = functools.partial(test_groups.data, size=N)
 
 
 class Squares(L.Loss):
@@ -40,20 +43,6 @@ LOSSES = {
     "lovasz": lambda: L.LovaszHinge(),
     "several": lambda: 0.5 * L.BinaryCrossentropy(from_logits=True) + L.MeanAbsoluteError(),
 }
-
-
-def data(labels=False):
-    g = torch.Generator().manual_seed(3)
-    x = torch.randn(N, 4, generator=g, dtype=torch.float64)
-    y = (torch.rand(N, COLUMNS, generator=g) < 0.5).double()
-    return x, y.argmax(-1) if labels else y
-
-
-def model(loss, **options):
-    torch.manual_seed(0)
-    made = ll.Model(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, COLUMNS)).double())
-    made.compile("sgd", loss, **options)
-    return made
 
 
 def of(rows):
@@ -174,22 +163,9 @@ def test_an_element_that_is_not_a_number_is_seen_and_a_step_left_out_is_not():
     assert all(math.isfinite(value) for value in (row.minimum, row.maximum, row.squares))
 
 
-class Killed(BaseException):
-    """Nothing of the library catches it."""
-
-
 @pytest.mark.parametrize("step", [3, 5, 9])
-def test_a_resumed_run_has_the_spread_of_the_whole(tmp_path, monkeypatch, step):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-
-    class Kill(ll.callbacks.Callback):
-        left = step
-
-        def on_train_batch_begin(self, batch, logs):
-            self.left -= 1
-            if not self.left:
-                raise Killed
-
+@pytest.mark.usefixtures("no_sync")
+def test_a_resumed_run_has_the_spread_of_the_whole(tmp_path, step):
     def fitted(**options):
         x, y = data()
         given = {"batch_size": 4, "epochs": 2, "seed": 1, "verbose": 0, "spread": True, "ledger_steps": 4}
@@ -197,7 +173,7 @@ def test_a_resumed_run_has_the_spread_of_the_whole(tmp_path, monkeypatch, step):
 
     backup = ll.callbacks.BackupAndRestore(save_freq=1)
     with pytest.raises(Killed):
-        fitted(run_dir=tmp_path / "run", callbacks=[Kill(), backup])
+        fitted(run_dir=tmp_path / "run", callbacks=[KillBefore(step), backup])
     found = fitted(run_dir=tmp_path / "run", callbacks=[backup], resume=True)
     assert found.rows == fitted().rows
     assert ll.Ledger.open(tmp_path / "run").rows == found.rows

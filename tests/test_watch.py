@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import lossledger as ll
-from browsing import CHROMIUM, Browser
+from browser import CHROMIUM, chromium
 from lossledger.errors import InputError
 from lossledger.ledger import Ledger, Row
 from lossledger.report import live
@@ -524,18 +524,19 @@ def test_the_command_ends_cleanly_with_open_streams(writer: Writer, number: sign
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: nobody looks at the page")
 def test_a_browser_follows_the_run_and_keeps_its_place(served: Watch, writer: Writer, tmp_path: Path) -> None:
     writer.epochs(*(0.7 - 0.01 * n for n in range(30)))
-    with Browser(tmp_path / "profile", height=300) as browser:
-        browser.open(served.url)
-        browser.wait("document.body.innerText.includes('after epoch 31')")
-        browser.evaluate("document.querySelector('details').open = true")
-        browser.evaluate("scrollTo({left: 0, top: 200, behavior: 'instant'})")
-        assert browser.evaluate("scrollY") == 200
+    with chromium(tmp_path / "profile") as page:
+        page.view(1280, 300)
+        page.open(served.url)
+        page.wait("document.body.innerText.includes('after epoch 31')")
+        page.ask("document.querySelector('details').open = true")
+        page.ask("scrollTo({left: 0, top: 200, behavior: 'instant'})")
+        assert page.ask("scrollY") == 200
         writer.epochs(0.125)
-        browser.wait("document.body.innerText.includes('after epoch 32')")
-        browser.wait("document.querySelector('details').open && scrollY === 200")
-        assert browser.errors == []
+        page.wait("document.body.innerText.includes('after epoch 32')")
+        page.wait("document.querySelector('details').open && scrollY === 200")
+        assert page.complaints() == []
         served.close()
-        browser.wait("document.body.innerText.includes('The watch has ended')")
-        assert browser.errors == []
+        page.wait("document.body.innerText.includes('The watch has ended')")
+        assert page.complaints() == []
         inside = (served.url, "data:", "about:")
-        assert all(url.startswith(inside) for url in browser.requests), browser.requests
+        assert all(url.startswith(inside) for url in page.requests()), page.requests()

@@ -17,13 +17,12 @@ import lossledger as ll
 from calls import counted
 from declarations import AXES, OVERLAPS, REDUCTIONS, ROWS
 from lossledger.forward import run_forward
-from window_laws import Table, gradients, norm
+from window_laws import TOLERANCE, Noise, Table, gradients, norm
 
 L = ll.losses
 LOGITS = {"from_logits": True}
 # CTC has one value a sample, and two steps spell too little for it: it has a test of its own.
 BY_ENTRY = [row for row in ROWS if row.name != "ctc"]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
 def parts_of(x, y, weight, mask, sizes):
@@ -228,17 +227,6 @@ def test_running_statistics_are_updated_once(loss, momentum):
     assert int(net[1].num_batches_tracked) == 3
     assert torch.equal(net[1].running_mean, plain[1].running_mean)
     assert torch.equal(net[1].running_var, plain[1].running_var)
-
-
-class Noise(nn.Module):
-    """Randomness that torch's state does not hold."""
-
-    def __init__(self):
-        super().__init__()
-        self.rng = np.random.default_rng(0)
-
-    def forward(self, x):
-        return x * (1 + 0.1 * float(self.rng.random()))
 
 
 def test_a_model_that_is_another_function_in_the_second_round_is_refused():

@@ -51,10 +51,10 @@ def check(problem):
     expect_one_batch(problem, ranks_of(problem))
 
 
-def one_loss(row, data):
-    problem = random_problem(
+def drawn(data, rows):
+    return random_problem(
         data.draw(SEEDS),
-        [row],
+        rows,
         data.draw(st.sampled_from([1, 2, 3])),
         data.draw(DTYPES),
         weights=data.draw(KINDS),
@@ -64,7 +64,10 @@ def one_loss(row, data):
         classes=data.draw(st.booleans()),
         more=data.draw(st.booleans()),
     )
-    check(problem)
+
+
+def one_loss(row, data):
+    check(drawn(data, [row]))
 
 
 @pytest.mark.parametrize("row", ADDITIVE, ids=lambda row: row.name)
@@ -85,19 +88,7 @@ def test_every_loss_is_that_of_one_batch_in_many_cases(row, data):
 def several_outputs(data):
     """Outputs whose losses divide by different things: one in three counts elements, one weights, one samples."""
     rows = data.draw(st.lists(st.sampled_from(ADDITIVE), min_size=2, max_size=3))
-    problem = random_problem(
-        data.draw(SEEDS),
-        rows,
-        data.draw(st.sampled_from([1, 2, 3])),
-        data.draw(DTYPES),
-        weights=data.draw(KINDS),
-        masks=data.draw(KINDS),
-        empty=data.draw(st.booleans()),
-        hidden=data.draw(st.booleans()),
-        classes=data.draw(st.booleans()),
-        more=data.draw(st.booleans()),
-    )
-    check(problem)
+    check(drawn(data, rows))
 
 
 @settings(max_examples=120)

@@ -66,6 +66,17 @@ def accepted(row):
     return found
 
 
+class Noise(nn.Module):
+    """Randomness that torch's state does not hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.rng = np.random.default_rng(0)
+
+    def forward(self, x):
+        return x * (1 + 0.1 * float(self.rng.random()))
+
+
 @dataclass(frozen=True)
 class Problem:
     """An objective with its data, and the samples of each micro-batch of each rank.
