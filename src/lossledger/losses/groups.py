@@ -54,6 +54,16 @@ def keys_of(size: int, presences: tuple[str, ...] = ("",)) -> tuple[tuple[int, s
     return tuple((index, presence) for presence in presences for index in range(size))
 
 
+@lru_cache(8)
+def keys_of_samples(samples: int, classes: int) -> tuple[tuple[int, str], ...]:
+    """The keys of the classes of each sample.
+
+    >>> keys_of_samples(2, 1)
+    ((0, 'class 0'), (1, 'class 0'))
+    """
+    return tuple((sample, f"class {index}") for sample in range(samples) for index in range(classes))
+
+
 def column_sums(values: Tensor) -> Tensor:
     """Σ over all axes but the last, `[C]`.
 
@@ -172,6 +182,28 @@ def by_index(
     return Groups(kind, keys, sums[0], sums[1], sums[2], sums[3])
 
 
+def of_cells(
+    kind: str, shape: tuple[int, ...], by_class: bool, numerator: Tensor, count: Tensor, divisor: Tensor
+) -> Groups:
+    """Rows of a ratio, by class or by sample, from sums that are kept apart that far.
+
+    Args:
+        kind: "sample"; anything else is by class.
+        shape: of the elements.
+        by_class: every class is a cell of its own; then each sample has a row for each.
+        numerator: of the rows.
+        count: of the rows.
+        divisor: of the rows.
+    """
+    samples, classes = shape[0], shape[-1]
+    keys: tuple[tuple[int, str], ...] | None = keys_of(classes)
+    if kind == "sample":
+        keys = keys_of_samples(samples, classes) if by_class else None
+    cell = tuple(range(classes)) * (samples if kind == "sample" else 1) if by_class else None
+    rows = [values.reshape(-1) for values in (numerator, count, divisor)]
+    return Groups(kind, keys, rows[0], rows[0], rows[1], rows[2], cell)
+
+
 def by_sample(weighted: Tensor, total: Tensor, weighting: Weighting) -> Groups:
     """One row a sample, in order."""
     samples, device = weighting.shape[0], weighted.device
@@ -180,9 +212,10 @@ def by_sample(weighted: Tensor, total: Tensor, weighting: Weighting) -> Groups:
     def rows(values: Tensor | None) -> Tensor:
         if values is None:
             return torch.full((samples,), elements, dtype=torch.int64, device=device)
-        if values.shape != weighting.shape:
-            values = values.expand(weighting.shape)
-        return values.reshape(samples, -1).sum(1)
+        # What repeats along an axis is summed once.
+        own = values.reshape(*(1,) * (len(weighting.shape) - values.ndim), *values.shape).flatten(1)
+        whole, repeats = own.sum(1), elements // max(own.shape[1], 1)
+        return (whole if repeats == 1 else whole * repeats).expand(samples)
 
     sums = _each_once(rows, weighted, total, weighting)
     return Groups("sample", None, sums[0], sums[1], sums[2], sums[3])

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from lossledger import reduction as reductions
 from lossledger.errors import InputError
+from lossledger.losses import summing
 from lossledger.losses.aligned import Aligned
 from lossledger.losses.elementwise import ElementLoss
-from lossledger.losses.groups import keys_of
+from lossledger.losses.groups import AndSamples, of_cells
 from lossledger.losses.links import CellLink, Curve, GeneralizedLink
 from lossledger.losses.loss import By
 from lossledger.losses.prediction import Prediction, Space
@@ -228,20 +229,35 @@ class Overlap(ElementLoss):
     def _terms(self, batch: Aligned) -> tuple[Tensor, Tensor]:
         """The addends of N and TP, before weights."""
         _, alpha, beta = self._coefficients
-        p, y = self._probability(batch.prediction), batch.y_true
-        overlap = y * p
+        p, y, weights = self._probability(batch.prediction), batch.y_true, batch.weighting
+        overlap = torch.mul(y, p, out=weights.kept(p))
         if self.squared:
             p, y = p * p, y * y
-        return alpha * (p - overlap) + beta * (y - overlap), overlap
+        out = weights.kept(p)
+        wrong = torch.sub(p, overlap, out=out)
+        if alpha != 1:
+            wrong = torch.mul(wrong, alpha, out=out)
+        return torch.add(wrong, torch.sub(y, overlap, out=weights.passing(p)), alpha=beta, out=out), overlap
 
     def _statistics(self, batch: Aligned, keep: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Numerator and divisor summed over all axes but `keep`, in the order of the axes, in float64."""
-        inside = self._inside(batch)
-        axes = tuple(a for a in range(len(batch.weighting.shape)) if a not in keep)
-        sums = [t if inside is None else t * inside for t in self._terms(batch)]
+        # The gradient needs it whole.
+        probability = self._probability(batch.prediction)
+        plain = not (probability.requires_grad and torch.is_grad_enabled())
+        parts = summing.parts_of(batch) if plain and 0 in keep else (batch,)
+        sums = [self._sums(part, keep) for part in parts]
         # Widened after the sum: `sum(dtype=)` would make a wide copy of every addend.
-        wrong, overlap = ((t.sum(axes) if axes else t).double() for t in sums)
+        wrong, overlap = (torch.cat(ts).double() if len(ts) > 1 else ts[0].double() for ts in zip(*sums, strict=True))
         return wrong, self._coefficients[0] * overlap + wrong
+
+    def _sums(self, batch: Aligned, keep: tuple[int, ...]) -> list[Tensor]:
+        inside, weights, terms = self._inside(batch), batch.weighting, list(self._terms(batch))
+        if inside is not None:
+            wide = Weighting(weights.shape, None, inside, weights._scratch).product_for(terms[0])
+            assert wide is not None
+            # In place where terms lie in buffers.
+            terms = [torch.mul(t, wide, out=None if weights._scratch is None else t) for t in terms]
+        return [summing.summed(t, keep) for t in terms]
 
     def _volumes(self, batch: Aligned, keep: tuple[int, ...]) -> Tensor:
         """Σ y over all axes but `keep`: what makes a class present."""
@@ -252,12 +268,7 @@ class Overlap(ElementLoss):
 
     def _counts(self, batch: Aligned, keep: tuple[int, ...]) -> Tensor:
         """Number of unmasked elements over all axes but `keep`."""
-        shape, mask = batch.weighting.shape, batch.weighting.mask
-        axes = tuple(a for a in range(len(shape)) if a not in keep)
-        if mask is None:
-            whole = torch.full((), prod(shape[a] for a in axes), device=batch.y_true.device)
-            return whole.expand(tuple(shape[a] for a in keep))
-        return mask.expand(shape).sum(axes) if axes else mask.expand(shape).long()
+        return summing.counted(batch.weighting.mask, batch.weighting.shape, keep, batch.y_true)
 
     def _kept(self, rank: int) -> tuple[int, ...]:
         reduced = self._reduced(rank)
@@ -278,18 +289,22 @@ class Overlap(ElementLoss):
         kept = self._kept(rank)
         # One pass: the statistics of the groups, summed over what the cells do not keep.
         fine = kept if by is None else tuple(sorted({*kept, self._group_axis(batch, by)}))
-        numerator, divisor = self._statistics(batch, fine)
+        finest = summing.with_samples(batch.weighting.shape, fine)
+        numerator, divisor = self._statistics(batch, finest)
         scale = self._column_scale(batch)
         if scale is not None and self._plain:
             numerator = numerator * scale
+        if finest != fine:
+            if isinstance(by, AndSamples):
+                own = (0, *kept)
+                rows = [summing.narrowed(t.detach(), finest, own) for t in (numerator, divisor)]
+                by.taken[batch.where] = self._ratio_groups(batch, rows[0], rows[1], own, "sample"), batch
+            numerator, divisor = numerator.sum(0), divisor.sum(0)
         groups = None if by is None else self._ratio_groups(batch, numerator.detach(), divisor.detach(), fine, by)
-        summed = tuple(position for position, axis in enumerate(fine) if axis not in kept)
-        if summed:
-            numerator, divisor = numerator.sum(summed), divisor.sum(summed)
-        numerator = numerator.reshape(-1)
+        numerator = summing.narrowed(numerator, fine, kept).reshape(-1)
         return Tally(
             numerator,
-            divisor.reshape(-1),
+            summing.narrowed(divisor, fine, kept).reshape(-1),
             batch.weighting.count(),
             batch.weighting.total_weight(),
             coefficient=self._coefficient(batch),
@@ -346,15 +361,7 @@ class Overlap(ElementLoss):
     ) -> Groups:
         """Rows from statistics that keep the axes `fine`."""
         shape, count = batch.weighting.shape, self._counts(batch, fine)
-        samples, classes = range(shape[0]), range(shape[-1])
-        by_class = len(shape) - 1 in self._kept(len(shape))
-        keys: tuple[tuple[Any, str], ...] | None = keys_of(shape[-1])
-        cell: tuple[int, ...] | None = tuple(classes) if by_class else None
-        if by == "sample":
-            keys = tuple((sample, f"class {c}") for sample in samples for c in classes) if by_class else None
-            cell = tuple(classes) * len(samples) if by_class else None
-        rows = [t.reshape(-1) for t in (numerator, numerator, count, divisor)]
-        return Groups(str(by), keys, rows[0], rows[1], rows[2], rows[3], cell)
+        return of_cells(str(by), shape, len(shape) - 1 in self._kept(len(shape)), numerator, count, divisor)
 
     # --- the linear form: a loss for each sample and kept axis ------------------------------------------------
 

@@ -20,13 +20,12 @@ from lossledger.distributed import Group
 from lossledger.errors import InputError, InputTypeError
 from lossledger.ledger.columns import Columns
 from lossledger.ledger.samples import sample_columns, stacked
-from lossledger.losses.aligned import Aligned
 from lossledger.losses.groups import AndSamples
-from lossledger.losses.loss import Loss
-from lossledger.losses.ratio import EPSILON, Overlap
+from lossledger.losses.ratio import Overlap
 from lossledger.objective import Objective
 from lossledger.tally import Groups, Tally
 from lossledger.training.data import Data, IterableData
+from lossledger.training.dynamics import measures
 from lossledger.weighting import as_tensor
 
 _SUMS = ("numerator", "total", "count", "weight")
@@ -263,57 +262,3 @@ def _measured(objective: Objective) -> frozenset[str]:
         if loss.classes_are in ("label", "column") and loss.space is not None and not isinstance(loss, Overlap):
             first.setdefault(plan.output, plan.name)
     return frozenset(first.values())
-
-
-def measures(loss: Loss, batch: Aligned) -> dict[str, Tensor]:
-    """By sample, the mean over its unmasked entries of the confidence, of being right, and of the margin.
-
-    Args:
-        loss: one whose `classes_are` is "label" (exclusive classes) or "column" (each column yes or no).
-        batch: aligned for it.
-
-    Returns:
-        `confidence`, the probability of the true class, of losses that read probabilities or logits of them;
-        `correct`, the share of entries whose true class has the largest output; `margin`, the logit of the true class
-        minus the largest other; and, where a sample has one entry, its `label` and what was `predicted`.
-    """
-    logits = loss.space == "logits"
-    raw, mask = batch.prediction.raw, batch.weighting.mask
-    if loss.classes_are == "label":
-        index = loss._labels(batch)[1].unsqueeze(-1).clamp(0, raw.shape[-1] - 1)
-        # Differences of logarithms of probabilities are differences of logits.
-        z = raw if logits else _log(raw)
-        true = z.gather(-1, index)
-        margin = true - z.scatter(-1, index, -torch.inf).amax(-1, keepdim=True)
-        probability = (batch.prediction.log_softmax() if logits else z).gather(-1, index).exp()
-        said, predicted = index, z.argmax(-1, keepdim=True)
-    else:
-        present = loss._present(batch)
-        z = raw if logits else torch.logit(raw, EPSILON)
-        # Arithmetic on floats is several times faster than a choice by a mask.
-        margin = present.to(z.dtype).mul_(2).sub_(1).mul_(z)
-        probability = torch.sigmoid(margin)
-        said, predicted = present, z > 0
-    found = {"correct": margin > 0, "margin": margin}
-    if hasattr(loss, "from_logits"):
-        found["confidence"] = probability
-    wide = None if mask is None else mask.expand(margin.shape)
-    samples = margin.shape[0]
-    result = {name: _mean(values.reshape(samples, -1), wide) for name, values in found.items()}
-    if margin.numel() == samples:
-        result |= {"label": said.reshape(samples).long(), "predicted": predicted.reshape(samples).long()}
-    return result
-
-
-def _log(probabilities: Tensor) -> Tensor:
-    return (probabilities / probabilities.sum(-1, keepdim=True)).clamp(EPSILON, 1).log()
-
-
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    flags = values.dtype == torch.bool
-    if mask is None and flags:
-        return values.view(torch.uint8).sum(1, dtype=torch.int32) / values.shape[1]
-    if mask is None:
-        return values.mean(1)
-    inside = mask.reshape(values.shape)
-    return torch.where(inside, values, False if flags else 0).sum(1) / inside.sum(1).clamp(min=1)
