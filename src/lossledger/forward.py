@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,17 +168,18 @@ def calling(net: nn.Module) -> Call:
     any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     any_position = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    # No function inside this one: in a copy of a model it would still call the module that was copied.
+    return functools.partial(_called, net, names, any_keyword, len(positional), any_position)
 
-    def call(x: Any) -> Any:
-        if type(x) is Tensor:
-            return net(x)
-        if isinstance(x, Mapping) and (any_keyword or names >= set(x)):
-            return net(**x)
-        if isinstance(x, list | tuple) and (any_position or len(positional) >= len(x) > 0):
-            return net(*x)
+
+def _called(net: nn.Module, names: set[str], any_keyword: bool, positions: int, any_position: bool, x: Any) -> Any:
+    if type(x) is Tensor:
         return net(x)
-
-    return call
+    if isinstance(x, Mapping) and (any_keyword or names >= set(x)):
+        return net(**x)
+    if isinstance(x, list | tuple) and (any_position or positions >= len(x) > 0):
+        return net(*x)
+    return net(x)
 
 
 def run_forward(call: Call, x: Any, autocast: torch.dtype | None, device: str) -> Any:

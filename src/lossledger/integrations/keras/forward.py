@@ -43,6 +43,14 @@ class KerasForward(Forward):
         self._constraints: Any = None
         super().__init__(net)
 
+    def __reduce__(self) -> str:
+        # Keras copies a layer by its configuration: the optimizer would go on with variables of neither model.
+        raise InputError(
+            "A Model around layers of Keras was to be copied or pickled; expected one around a torch module. Copy the "
+            "network, keras.models.clone_model(net), compile a new Model of it, and bring the weights there by "
+            "save_weights and load_weights."
+        )
+
     # --- a call ------------------------------------------------------------------------------------------------
 
     def _caller(self) -> Callable[[Any], Any]:
