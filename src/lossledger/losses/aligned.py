@@ -54,7 +54,9 @@ class Aligned:
         """The batch with the product of those class weights that were given, one a column."""
         raw = self.prediction.raw
         vectors = [
-            class_vector(given, raw.shape[-1], where=self.where).to(raw) for given in class_weights if given is not None
+            class_vector(given, raw.shape[-1], where=self.where).to(raw, non_blocking=True)
+            for given in class_weights
+            if given is not None
         ]
         return replace(self, column_weight=torch.stack(vectors).prod(0)) if vectors else self
 

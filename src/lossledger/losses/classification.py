@@ -164,7 +164,7 @@ def column_weight(y_true: Tensor, class_weight: ClassWeight, where: str) -> Tens
     columns = y_true.shape[-1]
     if columns > 1:
         return class_vector(class_weight, columns, where=where)
-    return class_vector(class_weight, 2, where=where).to(y_true.device)[(y_true > 0.5).long()]
+    return class_vector(class_weight, 2, where=where).to(y_true.device, non_blocking=True)[(y_true > 0.5).long()]
 
 
 class CategoricalCrossentropy(_CrossEntropy):
@@ -250,7 +250,7 @@ class CategoricalCrossentropy(_CrossEntropy):
         return batch.y_true.shape[-1], largest(batch.y_true)
 
     def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
-        vector = class_vector(class_weight, y_true.shape[-1], where=where).to(y_true.device)
+        vector = class_vector(class_weight, y_true.shape[-1], where=where).to(y_true.device, non_blocking=True)
         return vector[largest(y_true)].unsqueeze(-1)
 
 
@@ -398,7 +398,7 @@ class IntegerLabels(_CrossEntropy):
 
     def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
         classes = self._classes(y_pred)
-        vector = class_vector(class_weight, classes, where=where).to(y_true.device)
+        vector = class_vector(class_weight, classes, where=where).to(y_true.device, non_blocking=True)
         # A masked or ignored label may be any number; labels that count are checked for their range.
         return vector[y_true.long().clamp(0, classes - 1)].unsqueeze(-1)
 

@@ -121,7 +121,7 @@ class CategoricalFocalCrossentropy(CategoricalCrossentropy):
         y = self._targets(batch)
         p = batch.prediction.softmax() if self.from_logits else batch.prediction.raw
         q = normalised(p)
-        alpha = torch.as_tensor(self.alpha, dtype=q.dtype, device=q.device)
+        alpha = torch.as_tensor(self.alpha, dtype=q.dtype).to(q.device, non_blocking=True)
         entries = (alpha * (1 - q) ** self.gamma * (-y * q.log())).sum(-1, keepdim=True)
         return entries if self.from_logits else self._flagged_entry(entries, batch.prediction)
 

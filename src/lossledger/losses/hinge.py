@@ -188,5 +188,5 @@ class CategoricalHinge(ElementLoss):
         return batch.y_true.shape[-1], batch.y_true.argmax(-1)
 
     def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
-        vector = class_vector(class_weight, y_true.shape[-1], where=where).to(y_true.device)
+        vector = class_vector(class_weight, y_true.shape[-1], where=where).to(y_true.device, non_blocking=True)
         return vector[y_true.argmax(-1)].unsqueeze(-1)

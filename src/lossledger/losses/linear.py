@@ -150,7 +150,8 @@ class LinearCrossentropy(IntegerLabels):
         rows = hidden.flatten(0, -2)
         scale = factor * reciprocal(whole.divisor + whole.offset, torch.float64)
         weights = self._entry_weight(batch)
-        factors = torch.as_tensor(scale, dtype=torch.float64, device=rows.device).expand(batch.weighting.shape)
+        wide = scale if isinstance(scale, Tensor) else rows.new_full((), scale, dtype=torch.float64)
+        factors = wide.double().expand(batch.weighting.shape)
         if weights is not None:
             factors = factors * weights
         found = Gradients(

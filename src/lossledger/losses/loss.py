@@ -333,10 +333,12 @@ class Loss:
         elif y_true.ndim == y_pred.ndim:
             labels = y_true.squeeze(-1)
         classes = self.class_count(y_pred, class_weight)
-        if not isinstance(class_weight, Mapping):
-            class_weight = dict(enumerate(float(w) for w in class_weight))
         # The last number is for all classes that were not named.
-        vector = class_vector(class_weight, classes, where=where).to(labels.device)
+        if isinstance(class_weight, Tensor):
+            class_weight = torch.cat((class_weight, class_weight.new_ones(1)))
+        elif not isinstance(class_weight, Mapping):
+            class_weight = dict(enumerate(map(float, class_weight)))
+        vector = class_vector(class_weight, classes, where=where).to(labels.device, non_blocking=True)
         return vector[labels.long().clamp(0, classes - 1)].unsqueeze(-1)
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
@@ -375,7 +377,7 @@ class Loss:
         product = batch.weighting.product
         if self.reduction.rescale is None:
             return product
-        rescale = self.reduction.rescale(batch.weighting).to(batch.prediction.raw)
+        rescale = self.reduction.rescale(batch.weighting).to(batch.prediction.raw, non_blocking=True)
         return rescale if product is None else product * rescale
 
     def _entries(self, batch: Aligned) -> Tensor:
@@ -391,7 +393,9 @@ class Loss:
         reduction = reductions.divides(self.reduction, batch.where)
         product = weights.product_for(elements)
         total = elements if product is None else torch.mul(elements, product, out=weights.kept(elements))
-        weighted = total if reduction.rescale is None else total * reduction.rescale(weights).to(total)
+        weighted = (
+            total if reduction.rescale is None else total * reduction.rescale(weights).to(total, non_blocking=True)
+        )
         numerator, plain = weighted.sum(), total.detach()
         divisor = reduction.divisor(weights, batch.y_true)
         detached = plain if weighted is total else weighted.detach()

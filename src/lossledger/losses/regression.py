@@ -405,7 +405,7 @@ class Quantile(ErrorLoss):
     def _share(self, batch: Aligned) -> Tensor:
         """What a unit of `y − p` costs: q where the output is too low, q − 1 where it is too high."""
         p = batch.prediction.raw.detach()
-        q = torch.as_tensor(self.quantile, dtype=p.dtype, device=p.device)
+        q = torch.as_tensor(self.quantile, dtype=p.dtype).to(p.device, non_blocking=True)
         return q * (batch.y_true > p) - (1 - q) * (batch.y_true < p)
 
 

@@ -83,7 +83,7 @@ class Objective:
         weights, self._auxiliary_weights = planning.loss_weights(loss_weights, self.outputs, self.structure)
         classes = planning.class_weights(class_weight, self.outputs, self.structure)
         self.terms = planning.terms(by_output, weights, classes, self.structure, self.class_names)
-        self._vectors: dict[tuple[str, int], Tensor] = {}
+        self._vectors: dict[tuple[str, int, torch.device], Tensor] = {}
         self.penalties = planning.penalties(regularizers)
         self.reproducible = reproducible
         if reproducible:
@@ -226,9 +226,10 @@ class Objective:
         """The class weights of a term as a vector, made and checked once for each number of classes."""
         if plan.class_weight is None or not isinstance(y_pred, Tensor):
             return plan.class_weight
-        key = (plan.name, plan.loss.class_count(y_pred, plan.class_weight))
+        key = (plan.name, plan.loss.class_count(y_pred, plan.class_weight), y_pred.device)
         if key not in self._vectors and plan.loss.classes_are in ("column", "label"):
-            self._vectors[key] = class_vector(plan.class_weight, key[1], where=plan.name)
+            vector = class_vector(plan.class_weight, key[1], where=plan.name)
+            self._vectors[key] = vector.to(key[2], non_blocking=True)
         return self._vectors.get(key, plan.class_weight)
 
     # --- the step: closed forms, gradient of the window -------------------------------------------------------

@@ -26,7 +26,8 @@ def _slicer(start: int, stop: int) -> Callable[[Tensor], Tensor]:
 
 
 def _picker(ids: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda a: a.index_select(0, ids)
+    # Arrays may lie on a device already, and the order of the samples does not.
+    return lambda a: a.index_select(0, ids if a.device == ids.device else ids.to(a.device, non_blocking=True))
 
 
 def _taker(start: int, stop: int, order: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Tensor]:

@@ -42,6 +42,7 @@ class Gate:
         self._buffers = list(running)
         self._kept: list[Tensor] = []
         prefer_fused(net, optimizer)
+        count_on_device(optimizer)
         # The flag is a plain tensor, which kernels do not take beside sharded parameters.
         whole = all(local(p) is p for p in parameters)
         fused = whole and all(group.get("fused") for group in optimizer.param_groups)
@@ -127,6 +128,19 @@ def prefer_fused(net: nn.Module, optimizer: Optimizer) -> None:
     if fits and undecided and not chosen:
         for group in optimizer.param_groups:
             group["fused"] = True
+
+
+def count_on_device(optimizer: Optimizer) -> None:
+    """Keep the step counters of unfused optimizers where the parameters are.
+
+    On the host, where torch leaves them, a flag on the device would have to be read before one is put back.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if optimizer.state or not all(p.device.type == "cuda" and local(p) is p for p in parameters):
+        return
+    for group in optimizer.param_groups:
+        if "capturable" in group and not (group.get("fused") or group.get("differentiable")):
+            group["capturable"] = True
 
 
 def bad_elements(tallies: dict[str, Tally]) -> Tensor:

@@ -192,7 +192,7 @@ def without_bad(tallies: dict[str, Tally], bad: Tensor) -> dict[str, Tally]:
     good = ~bad
 
     def keep(value: Any) -> Any:
-        tensor = torch.as_tensor(value, device=good.device)
+        tensor = value if isinstance(value, Tensor) else torch.full((), value, device=good.device)
         return torch.where(good, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
     kept = {}

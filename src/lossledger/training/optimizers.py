@@ -76,8 +76,16 @@ def _named(name: str, given: str, trainable: list[nn.Parameter], net: nn.Module)
             f"expected one of {list(_SPARSE)}, or an optimizer of your own. Or make that module with sparse=False."
         )
     # Not every fused kernel takes the parts of sharded parameters.
-    fits = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() and local(p) is p for p in trainable)
+    fits = all(p.is_floating_point() and local(p) is p and _has_kernel(name, p.device.type) for p in trainable)
     return _NAMED[name](trainable, **({"fused": True} if name in _FUSED and fits and not sparse else {}))
+
+
+def _has_kernel(name: str, device: str) -> bool:
+    """Whether torch fuses the optimizer on such devices; Adagrad came to CUDA years after it came to processors."""
+    if name != "adagrad" or device == "cpu":
+        return device in _FUSED_DEVICES
+    kernel = "aten::_fused_adagrad_", device.upper()
+    return device in _FUSED_DEVICES and torch._C._dispatch_has_kernel_for_dispatch_key(*kernel)
 
 
 def _check(optimizer: Optimizer, trainable: list[nn.Parameter]) -> None:

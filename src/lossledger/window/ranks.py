@@ -98,7 +98,11 @@ def summed(
         return Whole(tallies, samples)
     places = [(term, n) for term, t in tallies.items() for n in _SUMS if getattr(t, n) is not None]
     parts = [getattr(tallies[term], n) for term, n in places]
-    tensors = [torch.as_tensor(v, device=device) for v in (*parts, samples)]
+    # Filled in on the device: what is copied there would wait for it.
+    tensors = [
+        torch.as_tensor(v, device=device) if isinstance(v, Tensor) else torch.full((), v, device=device)
+        for v in (*parts, samples)
+    ]
     flat = torch.cat([t.reshape(-1).double() for t in tensors])
     if 0 in share.counts and not lockstep:
         length = max(n for (n,) in group.agree(flat.numel() if tallies else 0))

@@ -421,7 +421,9 @@ def opened(
     share = Share.agreed(group, len(found))
     if not any(share.counts):
         raise EmptyDataError("window: expected at least one micro-batch, received none. Leave out steps without data.")
-    with running(Window(objective, found, model, objective.bound(model), by, checked=False, share=share)) as window:
+    # To look at the values of targets on a device is to wait for it.
+    checked = parameter is not None and parameter.device.type != "cpu"
+    with running(Window(objective, found, model, objective.bound(model), by, checked, share=share)) as window:
         yield window
         window.leave()
         if window.differs is not None:
