@@ -62,11 +62,11 @@ class Reduction:
     name: str
     statistic: Callable[[Weighting], Tensor | int] | Callable[[Weighting, Tensor], Tensor | int] | None
     rescale: Callable[[Weighting], Tensor] | None = None
-    _reads_targets: bool = field(init=False, repr=False, compare=False)
+    reads_targets: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Once, not in each step.
-        object.__setattr__(self, "_reads_targets", self.statistic is not None and _takes_two(self.statistic, self.name))
+        object.__setattr__(self, "reads_targets", self.statistic is not None and _takes_two(self.statistic, self.name))
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Reduction):
@@ -82,17 +82,17 @@ class Reduction:
             return get, (self.name,)
         return Reduction, (self.name, self.statistic, self.rescale)
 
-    def divisor(self, weighting: Weighting, y_true: Tensor) -> Tensor | int | None:
+    def divisor(self, weighting: Weighting, y_true: Tensor | None) -> Tensor | int | None:
         """What a part of the data adds to the divisor; `None` for a divisor that does not depend on the data.
 
         Args:
             weighting: masks and weights of the part.
-            y_true: its targets, in the layout of the loss.
+            y_true: its targets, in the layout of the loss, for a statistic that `reads_targets`.
         """
         statistic: Any = self.statistic
         if statistic is None:
             return None
-        added: Tensor | int = statistic(weighting, y_true) if self._reads_targets else statistic(weighting)
+        added: Tensor | int = statistic(weighting, y_true) if self.reads_targets else statistic(weighting)
         return added
 
 

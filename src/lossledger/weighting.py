@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, UnknownNameError
-from lossledger.values import Scratch, any_of, is_number, shape_of, streams
+from lossledger.values import Scratch, any_of, is_number, selected, shape_of, streams
 
 # Torch stores these, and can neither compare nor index them; the wider type holds all of their values.
 _WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
@@ -123,47 +123,8 @@ def split_shape(y_pred: Tensor, where: str) -> tuple[int, ...]:
     return tuple(y_pred.shape[:-1])
 
 
-def selected(mask: Tensor, values: Tensor, safe: float) -> Tensor:
-    """`values` where the mask is set, and `safe` elsewhere; the mask broadcasts to the values."""
-    return torch.where(mask, values, torch.full((), safe, dtype=values.dtype, device=values.device))
-
-
-# Axes that are too short to be worth a loop of their own, and numbers that fit in a cache beside others.
-_SHORT, _SLICE = 64, 2**17
-
-# Integers as wide as the numbers of these types.
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
-
-
-def zeroed(mask: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of one shape and dtype with 0 where the mask is not set, whatever they hold there.
-
-    A product would keep NaN, and a choice by bools takes four times as long as one by the bits of integers.
-
-    Example:
-        >>> zeroed(torch.tensor([[True], [False]]), [torch.tensor([[1.0], [float("nan")]])])[0].tolist()
-        [[1.0], [0.0]]
-    """
-    first = values[0]
-    kind = _BITS.get(first.dtype)
-    if kind is None or not streams(first) or any(v.requires_grad for v in values):
-        return [selected(mask, v, 0) for v in values]
-    found = [torch.empty(v.shape, dtype=v.dtype) for v in values]
-    # −1 has all bits set.
-    bits = mask.to(kind).neg_()
-    length = len(first) if first.shape[-1] >= _SHORT else max(_SLICE * len(first) // first.numel(), 1)
-    bits = bits.expand(len(first), *bits.shape[1:])
-    wide = torch.empty(0, dtype=kind)
-    for start in range(0, len(first), length):
-        rows = slice(start, start + length)
-        chosen = bits[rows]
-        if first.shape[-1] < _SHORT:
-            # Repeating a number along a short axis takes a call each time: once, not for each tensor.
-            wide = wide if start and len(chosen) == length else torch.empty(first[rows].shape, dtype=kind)
-            chosen = wide.copy_(chosen.expand(wide.shape))
-        for value, result in zip(values, found, strict=True):
-            torch.bitwise_and(value[rows].view(kind), chosen, out=result[rows].view(kind))
-    return found
+# Axes shorter than this are not worth a loop of their own.
+_SHORT = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,7 +134,8 @@ class Weighting:
     Args:
         shape: the elements, `(B, d…, C)`.
         mask: bool, broadcastable to `shape`, `True` where an element counts; `None` when all do.
-        weight: float, broadcastable to `shape`, sample weight × class weight; `None` when all are 1.
+        given: float, broadcastable to `shape`, a factor of the weight; `None` when all are 1.
+        columns: `[C]`, the other factor: the weights of classes that have a column each; `None` when all are 1.
 
     Example:
         >>> w = weighting((2, 3), 1, mask=torch.tensor([[1, 1, 0], [1, 0, 0]]))
@@ -183,21 +145,33 @@ class Weighting:
 
     shape: tuple[int, ...]
     mask: Tensor | None = None
-    weight: Tensor | None = None
+    given: Tensor | None = None
+    columns: Tensor | None = None
     _scratch: Scratch | None = field(default=None, repr=False)
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Sample weight × class weight, broadcastable to `shape`; `None` when all are 1."""
+        if self.given is None or self.columns is None:
+            return self.columns if self.given is None else self.given
+        if "weights" not in self._known:
+            self._known["weights"] = self.given * self.columns
+        found: Tensor = self._known["weights"]
+        return found
 
     @property
     def product(self) -> Tensor | None:
         """Weight × mask, exactly 0 where masked, also where the weight is NaN; `None` when all elements count 1."""
         if self.mask is None:
             return self.weight
-        if self.weight is None:
+        weight = self.weight
+        if weight is None:
             return self.mask
         found: Tensor | None = self._known.get("product")
         if found is None:
-            zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device)
-            found = self._known["product"] = torch.where(self.mask, self.weight, zero)
+            zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+            found = self._known["product"] = torch.where(self.mask, weight, zero)
         return found
 
     def product_for(self, elements: Tensor) -> Tensor | None:
@@ -216,9 +190,23 @@ class Weighting:
         found: Tensor = self._known["spread"]
         return found
 
+    def part(self, rows: slice, samples: int, scratch: Scratch) -> Weighting:
+        """That of so many samples, which write to buffers."""
+        rank, length = len(self.shape), self.shape[0]
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            # A weight of fewer axes is one by column.
+            return values if values is None or values.ndim != rank or values.shape[0] != length else values[rows]
+
+        return Weighting((samples, *self.shape[1:]), cut(self.mask), cut(self.given), self.columns, scratch)
+
     def kept(self, values: Tensor) -> Tensor | None:
         """Where a result like the values is written that is needed until their part is done; `None`: anywhere."""
         return None if self._scratch is None else self._scratch.like(values)
+
+    def result(self, values: Tensor) -> Tensor | None:
+        """Where derivatives like the values are written; `None`: anywhere."""
+        return None if self._scratch is None else self._scratch.result(values)
 
     def passing(self, values: Tensor) -> Tensor | None:
         """Where a result is written that is needed until the next one; `None`: anywhere."""
@@ -286,11 +274,16 @@ def weighting(
     weight = None if sample_weight is None else expand(sample_weight, entries, columns, f"{where}: sample_weight")
     if weight is not None and not weight.is_floating_point():
         weight = weight.to(torch.get_default_dtype())
+    by_column = None
     if class_weight is not None:
-        weight = class_weight if weight is None else weight * class_weight
+        # Multiplied out, they would be as large as the elements.
+        if class_weight.ndim == 1 and (weight is None or weight.shape[-1] == 1):
+            by_column = class_weight
+        else:
+            weight = class_weight if weight is None else weight * class_weight
     if mask is not None:
         mask = expand(as_mask(mask, f"{where}: mask"), entries, columns, f"{where}: mask")
-    return Weighting(shape, mask, weight)
+    return Weighting(shape, mask, weight, by_column)
 
 
 def carried_mask(output: Any) -> Tensor | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor
 
 from lossledger.errors import InputError
 from lossledger.losses.prediction import Prediction
-from lossledger.weighting import ClassWeight, Weighting, as_mask, carried_mask, class_vector, expand, joined, selected
+from lossledger.values import Scratch, selected
+from lossledger.weighting import ClassWeight, Weighting, as_mask, carried_mask, class_vector, expand, joined
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,16 +52,66 @@ class Aligned:
     where: str
     late: Late | None = None
     column_weight: Tensor | None = None
+    _lazy: tuple[Aligned, Callable[[], tuple[Tensor, Tensor]]] | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def lazily(cls, given: Aligned, safe: Callable[[], tuple[Tensor, Tensor]]) -> Aligned:
+        """A batch whose masked elements are replaced when somebody reads targets or predictions.
+
+        Args:
+            given: the batch with whatever masked elements hold.
+            safe: makes targets and predictions without it.
+        """
+        found = object.__new__(cls)
+        for name in ("weighting", "where", "late", "column_weight"):
+            object.__setattr__(found, name, getattr(given, name))
+        object.__setattr__(found, "_lazy", (given, safe))
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks here for what is not set: of a lazy batch, before it was read.
+        if name not in ("y_true", "prediction"):
+            raise AttributeError(name)
+        assert self._lazy is not None
+        true, pred = self._lazy[1]()
+        object.__setattr__(self, "y_true", true)
+        object.__setattr__(self, "prediction", Prediction(pred))
+        return true if name == "y_true" else self.prediction
+
+    @property
+    def given(self) -> Aligned:
+        """The batch as it was given: masked elements may hold anything, NaN too."""
+        return self if self._lazy is None else self._lazy[0]
+
+    def part(self, rows: slice, scratch: Scratch) -> Aligned:
+        """Some samples of the batch, whose calculation writes to buffers."""
+        true = self.y_true[rows]
+        return replace(
+            self,
+            y_true=true,
+            prediction=self.prediction.map(operator.itemgetter(rows)),
+            weighting=self.weighting.part(rows, len(true), scratch),
+        )
+
+    def made_safe(self, safe: Callable[[Tensor, Tensor, Weighting], tuple[Tensor, Tensor]]) -> Aligned:
+        """The batch as it was given with harmless values at masked elements."""
+        if self.weighting.mask is None:
+            return self
+        true, pred = safe(self.y_true, self.prediction.raw, self.weighting)
+        return replace(self, y_true=true, prediction=Prediction(pred))
 
     def with_columns(self, *class_weights: ClassWeight | None) -> Aligned:
         """The batch with the product of those class weights that were given, one a column."""
-        raw = self.prediction.raw
+        raw = self.given.prediction.raw
         vectors = [
             class_vector(given, raw.shape[-1], where=self.where).to(raw, non_blocking=True)
             for given in class_weights
             if given is not None
         ]
-        return replace(self, column_weight=torch.stack(vectors).prod(0)) if vectors else self
+        if not vectors:
+            return self
+        found = replace(self.given, column_weight=torch.stack(vectors).prod(0))
+        return found if self._lazy is None else Aligned.lazily(found, self._lazy[1])
 
 
 def select_leading(y_true: Tensor, y_pred: Tensor, mask: Tensor | None, where: str) -> tuple[Tensor, Tensor]:

@@ -12,16 +12,17 @@ import operator
 import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from math import prod
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lossledger.losses import columns
 from lossledger.losses import groups as grouping
 from lossledger.losses.aligned import Aligned
 from lossledger.tally import Groups, Tally
-from lossledger.values import Scratch, reciprocal, streams
+from lossledger.values import Scratch, reciprocal, selected, streams
 from lossledger.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -45,37 +46,46 @@ def backprop(loss: Loss, batch: Aligned, window: Tally | None, factor: float, by
         factor: multiplies the gradient.
         by: groups of the tally.
     """
-    raw = batch.prediction.raw.detach()
+    raw = batch.given.prediction.raw
     with torch.no_grad():
-        rows = _in_parts(loss, batch, raw, by)
-        if rows is None:
-            closed = loss._slopes(batch)
-            if closed is None:
-                return None
-            elements, gradient = closed
-            tally = loss._tally_elements(batch, elements, by)
-            scale = scale_of(tally if window is None else window, factor, raw.dtype)
-            multiply(gradient, entry_weight(loss, batch, gradient), scale, gradient)
-            return tally, gradient
-        scale = scale_of(loss.divisor_aligned(batch) if window is None else window, factor, raw.dtype)
-        gradient = torch.empty(raw.shape, dtype=raw.dtype)
-        if loss.one_element:
-            return _by_entries(loss, batch, rows, scale, gradient, by)
-        return _by_samples(loss, batch, rows, scale, gradient, by)
+        if batch.late is None and raw.ndim > 1 and streams(raw):
+            found = _in_parts(loss, batch, window, factor, by)
+            if found is not None:
+                return found
+        closed = loss._slopes(batch)
+        if closed is None:
+            return None
+        elements, gradient = closed
+        tally = loss._tally_elements(batch, elements, by)
+        scale = scale_of(tally if window is None else window, factor, raw.dtype)
+        multiply(gradient, entry_weight(loss, batch, gradient), scale, gradient)
+        return tally, gradient
 
 
-def _in_parts(loss: Loss, batch: Aligned, raw: Tensor, by: By) -> int | None:
-    """How many entries or samples make a part; `None` for a batch that is not divided."""
-    if batch.late is not None or raw.numel() < 2 * PART or not streams(raw):
-        return None
-    if loss.one_element:
-        return max(PART // raw.shape[-1], 1)
+def _in_parts(loss: Loss, batch: Aligned, window: Tally | None, factor: float, by: By) -> tuple[Tally, Tensor] | None:
+    """As `backprop`, for a batch whose parts are worth it; `None` for others."""
+    raw = batch.given.prediction.raw
+    by_column = loss.additive and columns.applies(loss, batch, by)
     # Ids are numbered for the whole batch; samples that are compared with each other stay together.
-    if isinstance(by, Tensor) or not loss.additive or raw.ndim < 2:
+    by_sample = loss.additive and not isinstance(by, Tensor) and len(raw) > 1 and raw.numel() >= 2 * PART
+    if not (loss.one_element or by_column or by_sample):
         return None
-    samples = PART // prod(raw.shape[1:])
-    samples = samples - samples % _ROUND if samples > _ROUND else max(samples, 1)
-    return samples if samples < raw.shape[0] else None
+    scale = scale_of(loss.divisor_aligned(batch) if window is None else window, factor, raw.dtype)
+    gradient = torch.empty(raw.shape, dtype=raw.dtype)
+    if loss.one_element:
+        return _by_entries(loss, batch, scale, gradient, by)
+    if by_column:
+        length, scratch = _length(raw.numel(), raw.shape[-1]), scratch_of_thread()
+        tally = columns.backprop(loss, batch, length, scale, gradient, by, scratch)
+        if tally is not None:
+            return tally, gradient
+    return _by_samples(loss, batch, scale, gradient, by) if by_sample else None
+
+
+def _length(numbers: int, each: int) -> int:
+    """How many entries or samples of so many numbers each make a part: all parts are about alike."""
+    length = -(-numbers // (each * max(round(numbers / PART), 1)))
+    return -(-length // _ROUND) * _ROUND if length > _ROUND else max(length, 1)
 
 
 def scratch_of_thread() -> Scratch:
@@ -110,15 +120,14 @@ def multiply(slopes: Tensor, weight: Tensor | None, scale: Any, out: Tensor) -> 
         torch.mul(slopes, scale, out=out)
 
 
-def _by_samples(
-    loss: Loss, batch: Aligned, samples: int, scale: Any, gradient: Tensor, by: By
-) -> tuple[Tally, Tensor] | None:
+def _by_samples(loss: Loss, batch: Aligned, scale: Any, gradient: Tensor, by: By) -> tuple[Tally, Tensor] | None:
     """Part after part of whole samples; tallies of parts add up to the tally of the batch."""
     tallies, apart, scratch = [], [], scratch_of_thread()
+    samples = _length(gradient.numel(), prod(gradient.shape[1:]))
     for start in range(0, gradient.shape[0], samples):
         rows = slice(start, start + samples)
         scratch.take_back()
-        part = _samples(batch, rows, scratch)
+        part = batch.given.part(rows, scratch).made_safe(loss._safe)
         closed = loss._slopes(part)
         if closed is None:
             return None
@@ -132,48 +141,36 @@ def _by_samples(
     return added(tallies), gradient
 
 
-def _by_entries(
-    loss: Loss, batch: Aligned, entries: int, scale: Any, gradient: Tensor, by: By
-) -> tuple[Tally, Tensor] | None:
+def _by_entries(loss: Loss, batch: Aligned, scale: Any, gradient: Tensor, by: By) -> tuple[Tally, Tensor] | None:
     """Part after part of entries, for losses of one element an entry: their elements are few, and tallied at once."""
+    given = batch if loss.reduction.reads_targets else batch.given
     classes = gradient.shape[-1]
     slopes = gradient.reshape(-1, classes)
     elements = slopes.new_empty((len(slopes), 1))
     weight = loss._entry_weight(batch)
     if weight is not None:
         weight = (weight.to(gradient.dtype) * scale).expand(batch.weighting.shape).reshape(-1, 1)
-    true = batch.y_true.reshape(-1, classes) if batch.y_true.ndim == gradient.ndim else batch.y_true.reshape(-1)
+    true = given.y_true.reshape(-1, classes) if given.y_true.ndim == gradient.ndim else given.y_true.reshape(-1)
+    mask = None if batch.weighting.mask is None else batch.weighting.mask.expand(batch.weighting.shape).reshape(-1, 1)
     scratch = scratch_of_thread()
-    flat = batch.prediction.map(lambda values: values.reshape(-1, classes))
+    flat = given.prediction.map(lambda values: values.reshape(-1, classes))
+    entries = _length(slopes.numel(), classes)
     for start in range(0, len(slopes), entries):
         rows = slice(start, start + entries)
         prediction = flat.map(operator.itemgetter(rows))
-        scratch.take_back()
-        weighting = Weighting((len(prediction.raw), 1), _scratch=scratch)
-        closed = loss._slopes(replace(batch, y_true=true[rows], prediction=prediction, weighting=weighting))
-        if closed is None:
-            return None
-        elements[rows] = closed[0]
-        torch.mul(closed[1], scale if weight is None else weight[rows], out=slopes[rows])
-    return loss._tally_elements(batch, elements.reshape(batch.weighting.shape), by), gradient
-
-
-def _samples(batch: Aligned, rows: slice, scratch: Scratch) -> Aligned:
-    """Some samples of a batch."""
-    weights = batch.weighting
-    rank, length = len(weights.shape), weights.shape[0]
-
-    def cut(values: Tensor | None) -> Tensor | None:
-        # A weight of fewer axes is one by column.
-        return values if values is None or values.ndim != rank or values.shape[0] != length else values[rows]
-
-    true = batch.y_true[rows]
-    return replace(
-        batch,
-        y_true=true,
-        prediction=batch.prediction.map(operator.itemgetter(rows)),
-        weighting=Weighting((len(true), *weights.shape[1:]), cut(weights.mask), cut(weights.weight), scratch),
-    )
+        weighting = Weighting((len(prediction.raw), 1), None if mask is None else mask[rows], _scratch=scratch)
+        for part in columns.tries(loss, replace(given, y_true=true[rows], prediction=prediction, weighting=weighting)):
+            scratch.take_back()
+            closed = loss._slopes(part)
+            if closed is None:
+                return None
+            torch.mul(closed[1], scale if weight is None else weight[rows], out=slopes[rows])
+            # A number of the processor is read without waiting.
+            if mask is None or isfinite(float(slopes[rows].sum())):
+                break
+        assert closed is not None
+        elements[rows] = closed[0] if mask is None else selected(mask[rows], closed[0], 0)
+    return loss._tally_elements(given, elements.reshape(batch.weighting.shape), by), gradient
 
 
 def added(tallies: Sequence[Tally]) -> Tally:

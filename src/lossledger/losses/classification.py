@@ -24,10 +24,12 @@ from lossledger.values import (
     check_targets,
     largest,
     outside_probabilities,
+    selected,
     shape_of,
     streams,
+    zeroed,
 )
-from lossledger.weighting import ClassWeight, Weighting, check_class_weight, class_vector, selected, split_shape, zeroed
+from lossledger.weighting import ClassWeight, Weighting, check_class_weight, class_vector, split_shape
 
 EPSILON = 1e-7
 
@@ -144,7 +146,7 @@ class BinaryCrossentropy(_CrossEntropy):
             weights = batch.weighting
             elements = _softplus_less(p, y, weights) if streams(p) else self._elements(batch)
             # d/dz of max(z, 0) − z·y + log(1 + exp(−|z|)) is σ(z) − y.
-            return elements, batch.prediction.own_sigmoid(weights.kept(p)).sub_(y)
+            return elements, batch.prediction.own_sigmoid(weights.result(p)).sub_(y)
         elements = self._elements(batch)
         q = p.clamp(EPSILON, 1 - EPSILON)
         return elements, (q - y) / (q * (1 - q)) * ((p >= EPSILON) & (p <= 1 - EPSILON))
@@ -232,7 +234,7 @@ class CategoricalCrossentropy(_CrossEntropy):
                 batch.prediction.log_softmax()
             # −Σ y (z − log Σ exp z) has the derivative softmax(z)·Σy − y, written over the log-softmax.
             weights = batch.weighting
-            slopes = batch.prediction.own_log_softmax(weights.kept(p))
+            slopes = batch.prediction.own_log_softmax(weights.result(p))
             elements = torch.mul(y, slopes, out=weights.passing(p)).sum(-1, keepdim=True).neg_()
             return elements, slopes.exp_().mul_(y.sum(-1, keepdim=True)).sub_(y)
         elements = self._elements(batch)
@@ -386,7 +388,11 @@ class IntegerLabels(_CrossEntropy):
     def _safe(self, y_true: Tensor, y_pred: Tensor, weights: Weighting) -> tuple[Tensor, Tensor]:
         assert weights.mask is not None
         pred = zeroed(weights.mask, [y_pred])[0] if self.from_logits else weights.select(y_pred, 0.5)
-        return selected(weights.mask.squeeze(-1), y_true, 0), pred
+        return self._safe_index(y_true, weights), pred
+
+    def _safe_index(self, y_true: Tensor, weights: Weighting) -> Tensor:
+        assert weights.mask is not None
+        return selected(weights.mask.squeeze(-1), y_true, 0)
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         if not self.from_logits:
@@ -459,7 +465,10 @@ class SparseCategoricalCrossentropy(IntegerLabels):
             batch.prediction.log_softmax()
         # softmax(z) − one_hot(y), written over the log-softmax, of which the elements are a part.
         raw = batch.prediction.raw
-        slopes, labels = batch.prediction.own_log_softmax(batch.weighting.kept(raw)), batch.y_true.long().unsqueeze(-1)
+        slopes, labels = (
+            batch.prediction.own_log_softmax(batch.weighting.result(raw)),
+            batch.y_true.long().unsqueeze(-1),
+        )
         elements = slopes.gather(-1, labels).neg_()
         slopes.exp_().scatter_add_(-1, labels, elements.new_full(elements.shape, -1.0))
         return elements, slopes

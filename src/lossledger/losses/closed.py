@@ -56,7 +56,7 @@ def plain(loss: Loss, batch: Aligned, y_true: Tensor, output: Tensor, factor: fl
     same = batch.y_true is y_true and batch.prediction.raw is output and batch.late is None
     if not same or weights.mask is not None or weights.weight is not None or loss.reduction.rescale is not None:
         return None
-    if batch.column_weight is not None or loss.reduction._reads_targets:
+    if batch.column_weight is not None or loss.reduction.reads_targets:
         return None
     scale = scale_of(loss.divisor_aligned(batch), factor, output.dtype)
     return None if isinstance(scale, Tensor) else Plain(loss, weights, batch.where, scale)

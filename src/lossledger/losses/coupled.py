@@ -17,8 +17,8 @@ from lossledger.losses.aligned import Aligned, Late, and_mask
 from lossledger.losses.elementwise import ElementLoss
 from lossledger.losses.prediction import Prediction
 from lossledger.losses.regression import refuse_class_weight
-from lossledger.values import shape_of
-from lossledger.weighting import ClassWeight, Weighting, as_tensor, selected, split_shape
+from lossledger.values import selected, shape_of
+from lossledger.weighting import ClassWeight, Weighting, as_tensor, split_shape
 
 
 class BatchCoupled(ElementLoss):

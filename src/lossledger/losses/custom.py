@@ -24,8 +24,8 @@ from lossledger.losses.aligned import Aligned, Late, and_mask
 from lossledger.losses.loss import Loss
 from lossledger.reduction import Reduction
 from lossledger.tally import Tally
-from lossledger.values import check_labels, check_probabilities, shape_of
-from lossledger.weighting import Weighting, align, selected
+from lossledger.values import check_labels, check_probabilities, selected, shape_of
+from lossledger.weighting import Weighting, align
 
 
 class FunctionLoss(Loss):

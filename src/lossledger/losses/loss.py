@@ -28,7 +28,7 @@ from lossledger.losses.prediction import Prediction, Space
 from lossledger.losses.reproducible import reproducible_tally
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Link, Tally
-from lossledger.values import count_not_finite, not_finite, reciprocal
+from lossledger.values import count_not_finite, not_finite, reciprocal, streams
 from lossledger.weighting import ClassWeight, Weighting, align, as_tensor, class_vector, weighting
 
 By = str | Tensor | None
@@ -228,6 +228,9 @@ class Loss:
             true, pred = select_leading(true, pred, late.mask, where)
             return Aligned(true, Prediction(pred), Weighting(()), where, late)
         weights = self._weighting(shape, true, pred, late, where)
+        if weights.mask is not None and checked and streams(pred) and not pred.requires_grad:
+            given = Aligned(self._safe_index(true, weights), Prediction(pred), weights, where)
+            return Aligned.lazily(given, lambda: self._safe(true, pred, weights))
         if weights.mask is not None:
             true, pred = self._safe(true, pred, weights)
         # A compiled graph holds no branch on values, so it goes without these checks.
@@ -247,7 +250,8 @@ class Loss:
                 known = self.tally_aligned(batch)
             return Tally(0.0, known.divisor, 0, 0, offset=known.offset)
         columns = self._columns(batch.weighting.shape[-1])
-        divisor = reductions.divides(self.reduction, batch.where).divisor(batch.weighting, batch.y_true)
+        reduction = reductions.divides(self.reduction, batch.where)
+        divisor = reduction.divisor(batch.weighting, batch.y_true if reduction.reads_targets else None)
         return Tally(0.0, 0, 0, 0, offset=columns) if divisor is None else Tally(0.0, divisor, 0, 0)
 
     def _columns(self, length: int) -> int:
@@ -348,6 +352,10 @@ class Loss:
         """Targets and predictions with harmless values at masked elements."""
         return weights.select(y_true, 0), weights.select(y_pred, 0.5)
 
+    def _safe_index(self, y_true: Tensor, weights: Weighting) -> Tensor:
+        """Targets with which a calculation gets through, whatever masked ones hold: an index that exists."""
+        return y_true
+
     def _elements(self, batch: Aligned) -> Tensor:
         """The unreduced loss, `[B, d…, C]`."""
         values = self.call(batch.y_true, batch.prediction.raw)
@@ -397,7 +405,7 @@ class Loss:
             total if reduction.rescale is None else total * reduction.rescale(weights).to(total, non_blocking=True)
         )
         numerator, plain = weighted.sum(), total.detach()
-        divisor = reduction.divisor(weights, batch.y_true)
+        divisor = reduction.divisor(weights, batch.y_true if reduction.reads_targets else None)
         detached = plain if weighted is total else weighted.detach()
         if isinstance(by, grouping.AndSamples):
             by.taken[batch.where] = grouping.by_sample(detached, plain, weights), batch

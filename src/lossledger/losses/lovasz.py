@@ -23,8 +23,8 @@ from lossledger.losses.loss import By
 from lossledger.losses.prediction import Space
 from lossledger.reduction import Reduction
 from lossledger.tally import Tally, divide
-from lossledger.values import check_probabilities, check_targets, outside_probabilities
-from lossledger.weighting import ClassWeight, Weighting, selected
+from lossledger.values import check_probabilities, check_targets, outside_probabilities, selected
+from lossledger.weighting import ClassWeight, Weighting
 
 
 def lovasz_sum(errors: Tensor, truth: Tensor, valid: Tensor | None) -> Tensor:

@@ -13,8 +13,8 @@ from lossledger.losses.aligned import Aligned
 from lossledger.losses.elementwise import ElementLoss
 from lossledger.losses.regression import refuse_class_weight
 from lossledger.reduction import Reduction
-from lossledger.values import check_targets, shape_of
-from lossledger.weighting import ClassWeight, Weighting, selected, split_shape
+from lossledger.values import check_targets, selected, shape_of
+from lossledger.weighting import ClassWeight, Weighting, split_shape
 
 
 class _Compared(ElementLoss):

@@ -35,8 +35,8 @@ from lossledger.losses.loss import By
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Link, Tally, divide
-from lossledger.values import check_probabilities, check_targets, is_number, not_finite, reciprocal
-from lossledger.weighting import ClassWeight, Weighting, selected
+from lossledger.values import check_probabilities, check_targets, is_number, not_finite, reciprocal, selected
+from lossledger.weighting import ClassWeight, Weighting
 
 EPSILON = 1e-7
 GROUPINGS = ("all", "sample", "class", "sample_class")

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lossledger.errors import EmptyDataError, InputError, LossledgerError, UnknownNameError
-from lossledger.losses import pieces
 from lossledger.losses.aligned import Aligned, detached
 from lossledger.losses.loss import By
 from lossledger.losses.parts import check_part
@@ -260,15 +259,6 @@ class Objective:
         self._check_auxiliary_weights(auxiliary)
         preds = self.split(outputs, "y_pred")
         leaves = {name: detached(pred) for name, pred in preds.items()}
-        if checked and len(self.terms) == 1 and self.structure == "one" and not (auxiliary or self.reproducible):
-            plan, window = self.terms[0], None if whole is None else whole.tallies[self.terms[0].name]
-            given, weights = (y_true, leaves[plan.output], sample_weight, mask), self._class_weight(plan, preds[""])
-            groups = None if plan.loss.classes_are is None and by == "class" else by
-            found = pieces.backprop(plan.loss, given, weights, plan.name, window, plan.coefficient, groups)
-            if found is not None:
-                return Backprop(
-                    {plan.name: found[0]}, *(([preds[""]], [found[1]]) if preds[""].requires_grad else ([], []))
-                )
         batches = self._align(y_true, leaves, sample_weight, mask, checked)
         tallies: dict[str, Tally] = {}
         gradients: dict[str, Tensor] = {}

@@ -210,8 +210,10 @@ def penalties(given: Mapping[str, Any] | None) -> tuple[PenaltyPlan, ...]:
 
 def shared(batch: Aligned, others: list[Aligned]) -> Aligned:
     """The batch with the activations of another term that reads the very same output."""
+    if batch.given is not batch:
+        return batch
     for other in others:
-        if other.prediction.raw is batch.prediction.raw:
+        if other.given is other and other.prediction.raw is batch.prediction.raw:
             other.prediction.shared = True
             return replace(batch, prediction=other.prediction)
     return batch

@@ -1,0 +1,233 @@
+"""Tally and gradient of a large batch whose columns are independent, where a weight or a mask is one number an entry.
+
+What multiplies an entry is repeated over its columns for the gradient alone, and weighted sums by column are products
+of matrices: no weighted element is ever written. Masked elements are calculated with whatever they hold, times 0; only
+where that leaves NaN or infinity are they made harmless first.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import isfinite, prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lossledger.losses import groups as grouping
+from lossledger.losses.aligned import Aligned
+from lossledger.tally import Groups, Tally
+from lossledger.values import Scratch
+from lossledger.weighting import Weighting
+
+if TYPE_CHECKING:
+    from lossledger.losses.loss import By, Loss
+
+# So many entries side by side: libraries multiply matrices of a few columns slowly, and add long columns up badly.
+_FOLD = 4
+# Plain sums want longer rows, up to so many numbers; more are worth a loop of their own.
+_PLAIN, _WIDE = 64, 64
+
+
+def blocks_of(columns: Tensor) -> Tensor:
+    """What `spread` multiplies with, made once for all parts."""
+    if len(columns) >= _WIDE:
+        return columns
+    return (torch.eye(_FOLD, dtype=columns.dtype).unsqueeze(-1) * columns).reshape(_FOLD, -1)
+
+
+def spread(weights: Tensor, blocks: Tensor, out: Tensor) -> Tensor:
+    """A weight an entry times a weight a column, `[N, C]`.
+
+    >>> blocks = blocks_of(torch.tensor([1.0, 10.0]))
+    >>> spread(torch.tensor([2.0, 3.0]), blocks, torch.empty(2, 2)).tolist()
+    [[2.0, 20.0], [3.0, 30.0]]
+    """
+    size = out.shape[-1]
+    if blocks.ndim == 1 or out.shape[0] % _FOLD:
+        return torch.mul(weights.unsqueeze(-1), blocks if blocks.ndim == 1 else blocks[0, :size], out=out)
+    # Twice as fast as to repeat numbers along a short axis; all but one of the numbers that are added are 0.
+    torch.mm(weights.view(-1, _FOLD), blocks, out=out.view(-1, _FOLD * size))
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Σ over the entries of weights × values, by column, over parts.
+
+    Args:
+        size: number of columns.
+
+    Example:
+        >>> sums = Sums(2)
+        >>> _ = sums.add(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> _ = sums.add(torch.tensor([1.0]), torch.tensor([[5.0, 5.0]]))
+        >>> sums.whole().tolist()
+        [12.0, 15.0]
+    """
+
+    size: int
+    _parts: list[Tensor] = field(default_factory=list)
+
+    def add(self, weights: Tensor | None, values: Tensor) -> Tensor:
+        """Those of a part, `[N]` and `[N, C]`, `None` for ones; returns sums that are finite where all numbers are."""
+        number, fold = values.shape[0], _FOLD if weights is not None else 1 if self.size >= _WIDE else _PLAIN
+        whole = number - number % fold
+        folded = (values if whole == number else values[:whole]).view(-1, fold * self.size)
+        if weights is None:
+            found = folded.sum(0)
+        else:
+            found = torch.mm((weights if whole == number else weights[:whole]).view(-1, fold).t(), folded)
+        if whole < number:
+            rest = values[whole:] if weights is None else values[whole:] * weights[whole:].unsqueeze(-1)
+            found.view(-1)[: self.size] += rest.sum(0)
+        self._parts.append(found)
+        return found
+
+    def drop(self) -> None:
+        """Forget the last part."""
+        self._parts.pop()
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def whole(self) -> Tensor:
+        """Those of all parts, `[C]`, in float64."""
+        found = torch.stack(self._parts).sum(0, dtype=torch.float64)
+        if found.ndim == 1:
+            return found.view(-1, self.size).sum(0)
+        return found.view(_FOLD, _FOLD, self.size).diagonal(dim1=0, dim2=1).sum(-1)
+
+
+def applies(loss: Loss, batch: Aligned, by: By) -> bool:
+    """Whether elements are those of independent columns, one for each number of the output, and groups are columns."""
+    if isinstance(by, grouping.AndSamples | Tensor):
+        return False
+    given = batch.given
+    named = by in (None, "column") or (by == "class" and loss.classes_are in ("column", "output"))
+    if not named or not given.weighting.shape == given.prediction.raw.shape == given.y_true.shape:
+        return False
+    weights, rank = given.weighting, given.prediction.raw.ndim
+    by_entry = (v is None or (v.ndim == rank and v.shape[-1] == 1) for v in (weights.mask, weights.given))
+    return given.y_true.is_contiguous() and given.prediction.raw.is_contiguous() and all(by_entry)
+
+
+def tries(loss: Loss, part: Aligned) -> Iterator[Aligned]:
+    """A part as it is, then without what masked elements hold."""
+    yield part
+    if part.weighting.mask is not None:
+        yield part.made_safe(loss._safe)
+
+
+def backprop(
+    loss: Loss, batch: Aligned, length: int, scale: Any, gradient: Tensor, by: By, scratch: Scratch
+) -> Tally | None:
+    """The tally of a batch, and its gradient in the memory given; `None` where it has to be made another way.
+
+    Args:
+        loss: has a closed form.
+        batch: see `applies`.
+        length: how many entries make a part.
+        scale: multiplies the gradient.
+        gradient: in the shape of the output.
+        by: `None`, `"class"` or `"column"`.
+        scratch: buffers of a part.
+    """
+    given, size = batch.given, gradient.shape[-1]
+    weights, columns = given.weighting, given.weighting.columns
+    entries = (*weights.shape[:-1], 1)
+
+    def flat(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.expand(entries).reshape(-1)
+
+    mask, factor = flat(weights.mask), flat(weights.given)
+    rescale = None if loss.reduction.rescale is None else flat(loss.reduction.rescale(weights).to(gradient))
+    true, pulled = given.y_true.view(-1, size), gradient.view(-1, size)
+    flatly = given.prediction.map(lambda values: values.view(-1, size))
+    split = by == "class" and loss.classes_are == "column"
+    blocks = blocks_of(gradient.new_ones(size) if columns is None else columns)
+    names = ("numerator", "total", "numerator present", "total present", "count present", "weight present")
+    sums, heavy = {name: Sums(size) for name in names}, []
+    for start in range(0, len(true), length):
+        rows = slice(start, start + length)
+        out = pulled[rows]
+        # A masked weight that is NaN stays NaN here, and is found in the sums.
+        counts = None if mask is None else mask[rows].to(gradient.dtype)
+        total = counts if factor is None else factor[rows] if counts is None else factor[rows] * counts
+        numerator = total if rescale is None else rescale[rows] if total is None else total * rescale[rows]
+        weighting = Weighting(
+            (out.shape[0], size), None if mask is None else mask[rows].unsqueeze(-1), _scratch=scratch
+        )
+        part = Aligned(true[rows], flatly.map(operator.itemgetter(rows)), weighting, given.where)
+        for tried in tries(loss, part):
+            scratch.take_back(out)
+            closed = loss._slopes(tried)
+            if closed is None or closed[0].shape != closed[1].shape:
+                return None
+            elements = closed[0]
+            summed = sums["numerator"].add(numerator, elements)
+            if numerator is None and columns is None:
+                torch.mul(closed[1], scale, out=out)
+            else:
+                pull = (elements.new_ones(len(elements)) if numerator is None else numerator) * scale
+                torch.mul(closed[1], spread(pull, blocks, scratch.passing(elements)), out=out)
+            # A number of the processor is read without waiting. Elements can be finite where derivatives are not.
+            if isfinite(float(summed.sum())) and (mask is None or isfinite(float(out.sum()))):
+                break
+            sums["numerator"].drop()
+        else:
+            return None
+        if rescale is not None:
+            sums["total"].add(total, elements)
+        if factor is not None:
+            assert total is not None
+            heavy.append(total.sum(dtype=torch.float64))
+        if split:
+            inside = torch.gt(tried.y_true, 0.5, out=scratch.passing(elements))
+            sums["count present"].add(counts, inside)
+            if factor is not None:
+                sums["weight present"].add(total, inside)
+            inside.mul_(elements)
+            sums["numerator present"].add(numerator, inside)
+            if rescale is not None:
+                sums["total present"].add(total, inside)
+    found = {name: one.whole() for name, one in sums.items() if one}
+    return _tally(loss, batch, found, torch.stack(heavy).sum() if heavy else None, by)
+
+
+def _tally(loss: Loss, batch: Aligned, sums: dict[str, Tensor], heavy: Tensor | None, by: By) -> Tally:
+    """From the sums by column, without the weights of columns; what is missing is another one again."""
+    weights, like, divides = batch.weighting, batch.given.prediction.raw.dtype, loss.divisor_aligned(batch)
+    size, count = weights.shape[-1], weights.count()
+    each = torch.as_tensor(count).div(size, rounding_mode="floor").expand(size)
+    columns = None if weights.columns is None else weights.columns.double()
+
+    def rows(end: str, count: Tensor, weight: Tensor) -> list[Tensor]:
+        numerator = sums["numerator" + end]
+        made = [numerator, sums.get("total" + end, numerator), count, weight]
+        return made if columns is None else [v if v is count and i == 2 else v * columns for i, v in enumerate(made)]
+
+    whole = rows("", each, each if heavy is None else heavy.expand(size))
+    plain = heavy is None and columns is None
+    groups = None
+    if by is not None:
+        made, keys = whole, grouping.keys_of(size)
+        if "count present" in sums:
+            counted = sums["count present"]
+            there = rows(" present", counted, sums.get("weight present", counted))
+            made = [torch.cat((one, other - one)) for one, other in zip(there, whole, strict=True)]
+            keys = grouping.keys_of(size, ("present", "absent"))
+        of_weight = torch.int64 if plain else like
+        groups = Groups(str(by), keys, made[0].to(like), made[1].to(like), made[2].long(), made[3].to(of_weight))
+    return Tally(
+        whole[0].sum().to(like),
+        divides.divisor,
+        count,
+        count if plain else whole[3].sum(),
+        offset=divides.offset,
+        nonfinite=torch.zeros((), dtype=torch.int64),
+        groups=groups,
+        shown=prod(weights.shape),
+    )
