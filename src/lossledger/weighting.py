@@ -146,8 +146,8 @@ class Weighting:
     shape: tuple[int, ...]
     mask: Tensor | None = None
     given: Tensor | None = None
-    columns: Tensor | None = None
     _scratch: Scratch | None = field(default=None, repr=False)
+    columns: Tensor | None = None
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -198,7 +198,7 @@ class Weighting:
             # A weight of fewer axes is one by column.
             return values if values is None or values.ndim != rank or values.shape[0] != length else values[rows]
 
-        return Weighting((samples, *self.shape[1:]), cut(self.mask), cut(self.given), self.columns, scratch)
+        return Weighting((samples, *self.shape[1:]), cut(self.mask), cut(self.given), scratch, self.columns)
 
     def kept(self, values: Tensor) -> Tensor | None:
         """Where a result like the values is written that is needed until their part is done; `None`: anywhere."""
@@ -283,7 +283,7 @@ def weighting(
             weight = class_weight if weight is None else weight * class_weight
     if mask is not None:
         mask = expand(as_mask(mask, f"{where}: mask"), entries, columns, f"{where}: mask")
-    return Weighting(shape, mask, weight, by_column)
+    return Weighting(shape, mask, weight, columns=by_column)
 
 
 def carried_mask(output: Any) -> Tensor | None:

@@ -31,7 +31,7 @@ def parts_of(batch: Aligned) -> Iterator[Aligned]:
     length = max(backward.PART // prod(raw.shape[1:]), 1)
     for start in range(0, len(raw), length):
         scratch.take_back()
-        yield backward._samples(batch, slice(start, start + length), scratch)
+        yield batch.part(slice(start, start + length), scratch)
 
 
 def with_samples(shape: tuple[int, ...], keep: tuple[int, ...]) -> tuple[int, ...]:
