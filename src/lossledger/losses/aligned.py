@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lossledger.errors import InputError
 from lossledger.losses.prediction import Prediction
+from lossledger.reduction import Reduction
 from lossledger.values import Scratch, selected
 from lossledger.weighting import ClassWeight, Weighting, as_mask, carried_mask, class_vector, expand, joined
 
@@ -82,6 +83,10 @@ class Aligned:
     def given(self) -> Aligned:
         """The batch as it was given: masked elements may hold anything, NaN too."""
         return self if self._lazy is None else self._lazy[0]
+
+    def divisor(self, reduction: Reduction, weighting: Weighting) -> Tensor | int | None:
+        """What the batch adds to the divisor; its targets are not read in vain."""
+        return reduction.divisor(weighting, self.y_true if reduction.reads_targets else None)
 
     def part(self, rows: slice, scratch: Scratch) -> Aligned:
         """Some samples of the batch, whose calculation writes to buffers."""

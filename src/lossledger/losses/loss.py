@@ -250,8 +250,7 @@ class Loss:
                 known = self.tally_aligned(batch)
             return Tally(0.0, known.divisor, 0, 0, offset=known.offset)
         columns = self._columns(batch.weighting.shape[-1])
-        reduction = reductions.divides(self.reduction, batch.where)
-        divisor = reduction.divisor(batch.weighting, batch.y_true if reduction.reads_targets else None)
+        divisor = batch.divisor(reductions.divides(self.reduction, batch.where), batch.weighting)
         return Tally(0.0, 0, 0, 0, offset=columns) if divisor is None else Tally(0.0, divisor, 0, 0)
 
     def _columns(self, length: int) -> int:
@@ -405,7 +404,7 @@ class Loss:
             total if reduction.rescale is None else total * reduction.rescale(weights).to(total, non_blocking=True)
         )
         numerator, plain = weighted.sum(), total.detach()
-        divisor = reduction.divisor(weights, batch.y_true if reduction.reads_targets else None)
+        divisor = batch.divisor(reduction, weights)
         detached = plain if weighted is total else weighted.detach()
         if isinstance(by, grouping.AndSamples):
             by.taken[batch.where] = grouping.by_sample(detached, plain, weights), batch
@@ -454,9 +453,6 @@ class Loss:
         raise InputError(
             f"{batch.where}: cannot divide by {by!r}; expected one of {choices} or a tensor of integer group ids."
         )
-
-    def _present(self, batch: Aligned) -> Tensor:
-        return batch.y_true > 0.5
 
     def _labels(self, batch: Aligned) -> tuple[int, Tensor]:
         raise NotImplementedError

@@ -55,7 +55,7 @@ def by_class(
     columns = range(elements.shape[-1])
     if loss.classes_are == "output" or isinstance(loss, Overlap | _Lovasz):
         return tuple((column, "") for column in columns), _columns(elements, weighting.mask)
-    present = loss._present(batch)
+    present = batch.y_true > 0.5
     sides = []
     for side in (present, ~present):
         mask = side if weighting.mask is None else side & weighting.mask
