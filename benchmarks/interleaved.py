@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int, parts: int = 1) -> dict[str, list[float]]:
@@ -29,3 +30,8 @@ def compared(times: Mapping[str, list[float]], name: str, against: str) -> dict[
         "ratio_low": min(ratios),
         "ratio_high": max(ratios),
     }
+
+
+def spread(row: Mapping[str, Any], digits: int = 2) -> str:
+    """The ratio that `compared` found, from the lowest to the highest of the repeats."""
+    return f"{row['ratio']:.{digits}f} ({row['ratio_low']:.{digits}f} to {row['ratio_high']:.{digits}f})"

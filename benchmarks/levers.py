@@ -19,7 +19,7 @@ import sys
 import time
 from typing import Any
 
-from interleaved import compared
+from interleaved import compared, spread
 
 OFF = {"LOSSLEDGER_KEEP_MEMORY": "0"}
 HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -237,13 +237,13 @@ def main() -> None:
         "",
         "Made by `make bench`. " + pages.said(about),
         "",
-        "| workload | contender | ms a step (median) | ratio (median) | lowest to highest | faults | peak MiB |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| workload | contender | ms a step (median) | ratio (lowest to highest) | faults | peak MiB |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['workload']} | {row['contender']} | {row['median_ms']:.2f} | {row['ratio']:.2f} "
-            f"| {row['ratio_low']:.2f} to {row['ratio_high']:.2f} | {row['faults']:.0f} | {row['peak_mib']:.0f} |"
+            f"| {row['workload']} | {row['contender']} | {row['median_ms']:.2f} | {spread(row)} "
+            f"| {row['faults']:.0f} | {row['peak_mib']:.0f} |"
         )
     if not (options.dry or options.quick or options.only):
         pages.keep("levers", lines, {"about": about, "rows": rows})

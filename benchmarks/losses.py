@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import pages
 import torch
 import torch.nn.functional as F
-from interleaved import compared, interleaved
+from interleaved import compared, interleaved, spread
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -132,9 +132,8 @@ def main() -> None:
     ]
     for row in rows:
         lines.append(
-            f"| {row['workload']} | {row['contender']} | {row['median_ms']:.2f} | {row['ratio']:.2f} "
-            f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f}) | {row['extra_mib']:.1f} "
-            f"| {row['memory_ratio']:.2f} |"
+            f"| {row['workload']} | {row['contender']} | {row['median_ms']:.2f} | {spread(row)} "
+            f"| {row['extra_mib']:.1f} | {row['memory_ratio']:.2f} |"
         )
     print("\n".join(lines))
     if arguments.tiny or arguments.only:

@@ -9,19 +9,17 @@ ratio pair by pair.
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
+import pages
 import torch
-from interleaved import compared, interleaved
+from interleaved import compared, interleaved, spread
 
 import lossledger as ll
 from lossledger.demo.scenes import make_scenes
 from lossledger.demo.unet import UNet
 
-RESULTS = Path(__file__).parent / "results"
 BATCH = 16
 
 
@@ -50,18 +48,11 @@ def contenders(scenes: int) -> dict[str, Callable[[], None]]:
     return {name: loop(given) for name, given in options.items()}
 
 
-def measure(repeats: int, scenes: int) -> list[str]:
-    """The lines of the table."""
+def measure(repeats: int, scenes: int) -> list[dict[str, object]]:
+    """One row a contender."""
     runs = contenders(scenes)
     times = interleaved(runs, repeats, -(-scenes // BATCH))
-    lines = ["| contender | ms a step (median) | ratio (median) | lowest to highest |", "|---|---|---|---|"]
-    for name in times:
-        row = compared(times, name, "ledger by class")
-        lines.append(
-            f"| {name} | {row['median_ms']:.3f} | {row['ratio']:.3f} "
-            f"| {row['ratio_low']:.3f} to {row['ratio_high']:.3f} |"
-        )
-    return lines
+    return [{"contender": name, **compared(times, name, "ledger by class")} for name in times]
 
 
 def main() -> None:
@@ -70,12 +61,18 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=192)
     given = parser.parse_args()
     torch.manual_seed(0)
-    about = f"torch {torch.__version__}, lossledger {ll.__version__}, Python {platform.python_version()}"
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {given.repeats} repeats, {given.scenes} scenes"
-    lines = ["# Cost of more rows", "", f"Made by `python benchmarks/rows.py`. {about}; {machine}.", ""]
-    lines += measure(given.repeats, given.scenes)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "rows.md").write_text("\n".join(lines) + "\n")
+    rows = measure(given.repeats, given.scenes)
+    about = pages.about(given.repeats) | {"scenes": given.scenes}
+    lines = [
+        "# Cost of more rows",
+        "",
+        "Made by `python benchmarks/rows.py`. " + pages.said(about),
+        "",
+        "| contender | ms a step (median) | ratio (lowest to highest) |",
+        "|---|---:|---:|",
+        *(f"| {row['contender']} | {row['median_ms']:.3f} | {spread(row, 3)} |" for row in rows),
+    ]
+    pages.keep("rows", lines, {"about": about, "rows": rows})
     print("\n".join(lines))
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import pages
 import torch
-from interleaved import compared, interleaved
+from interleaved import compared, interleaved, spread
 
 import lossledger as ll
 from lossledger.demo.scenes import make_scenes
@@ -74,15 +74,12 @@ def main() -> None:
         "",
         f"U-Net, {BATCH} × 64 × 64. " + pages.said(about),
         "",
-        "| contender | against | ms a step (median) | ratio (median) | lowest to highest | goal |",
-        "|---|---|---|---|---|---|",
+        "| contender | against | ms a step (median) | ratio (lowest to highest) | goal |",
+        "|---|---|---:|---:|---|",
     ]
     for row in rows:
         goal = "" if row["goal"] is None else f"≤ {row['goal']}"
-        lines.append(
-            f"| {row['contender']} | {row['against']} | {row['median_ms']:.2f} | {row['ratio']:.3f} "
-            f"| {row['ratio_low']:.3f} to {row['ratio_high']:.3f} | {goal} |"
-        )
+        lines.append(f"| {row['contender']} | {row['against']} | {row['median_ms']:.2f} | {spread(row, 3)} | {goal} |")
     print("\n".join(lines))
     if not given.dry:
         pages.keep("samples", lines, {"about": about, "rows": rows})

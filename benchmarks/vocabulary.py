@@ -18,7 +18,7 @@ import pages
 import torch
 import torch.nn.functional as F
 from held import Held
-from interleaved import compared, interleaved
+from interleaved import compared, interleaved, spread
 from torch import Tensor, nn
 
 import lossledger as ll
@@ -171,9 +171,8 @@ def main() -> None:
     for row in rows:
         lines.append(
             f"| {row['vocabulary']:,} | {row['dtype']} | {row['ignored']:.0%} | {row['contender']} "
-            f"| {row['median_ms']:.0f} | {row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f}) "
-            f"| {row['extra_mib']:.0f} | {row['error_loss']:.1e} | {row['error_hidden']:.1e} "
-            f"| {row['error_weight']:.1e} |"
+            f"| {row['median_ms']:.0f} | {spread(row)} | {row['extra_mib']:.0f} "
+            f"| {row['error_loss']:.1e} | {row['error_hidden']:.1e} | {row['error_weight']:.1e} |"
         )
     name = "vocabulary" if arguments.device == "cpu" else f"vocabulary-{arguments.device}"
     pages.keep(name, lines, {"about": about, "rows": rows})

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from interleaved import spread
+
 from speed.race import BENCHMARKS, run
 from speed.workloads import WORKLOADS
 
@@ -110,10 +112,7 @@ def measure(
 
 def ratio(row: dict[str, Any], against: str) -> str:
     """With its spread; empty where the other did not take part."""
-    if against not in row:
-        return ""
-    found = row[against]
-    return f"{found['ratio']:.2f} ({found['ratio_low']:.2f} to {found['ratio_high']:.2f})"
+    return spread(row[against]) if against in row else ""
 
 
 def ending(found: dict[str, Any]) -> list[str]:
