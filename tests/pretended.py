@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +173,8 @@ class Device(TorchFunctionMode):
             return _moved(args[0], place, function, kwargs)
         if function is Tensor.to:
             return _to(args, kwargs)
+        if function in _OF_HOST and isinstance(args[0], OnDevice):
+            return _of_host(function, args, kwargs)
         if function is Tensor.is_pinned or kwargs.get("device") is None:
             return function(*args, **kwargs)
         device = torch.device(kwargs["device"])
@@ -187,6 +190,17 @@ class Device(TorchFunctionMode):
         if device.type == "cpu" and isinstance(made, OnDevice):
             return made.inner
         return made
+
+
+# What torch makes in C++ where it believes the tensor to be, and what it refuses of tensors of other classes.
+_OF_HOST = (Tensor.tolist, Tensor.new_tensor, torch.nn.functional.one_hot)
+
+
+def _of_host(function: Any, args: Any, kwargs: Any) -> Any:
+    if function is not torch.nn.functional.one_hot or len(args) + len(kwargs) < 2:
+        waits(str(function))
+    found = function(args[0].inner, *args[1:], **kwargs)
+    return OnDevice(found) if isinstance(found, Tensor) else found
 
 
 def _to(args: Any, kwargs: Any) -> Tensor:
@@ -247,12 +261,15 @@ def _grouped(of: Any) -> Any:
 def device() -> Iterator[torch.device]:
     """The pretended device is there."""
     of = torch._C._group_tensors_by_device_and_dtype
-    torch._C._group_tensors_by_device_and_dtype = _grouped(of)
-    try:
-        with _Numbers(), Device():
-            yield DEVICE
-    finally:
-        torch._C._group_tensors_by_device_and_dtype = of
+    with (
+        mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped(of)),
+        # Random numbers are those of the processor.
+        mock.patch.object(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
+        mock.patch.object(torch.cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state)),
+        _Numbers(),
+        Device(),
+    ):
+        yield DEVICE
 
 
 def set_unread(strict: bool) -> bool:

@@ -20,6 +20,7 @@ from checks import case, close, tensors
 from declarations import MATRIX, REDUCTIONS, ROWS
 from lossledger.training import loop, optimizers, sums, waiting
 from lossledger.training.gate import Gate
+from lossledger.training.intervals import Intervals
 from lossledger.values import streams
 from pretended import MixedError, OnDevice, WaitError, host, moved, placed, unread
 from thread_ranks import on_threads, windows_take_threads
@@ -344,6 +345,8 @@ def between_log_points(monkeypatch):
     for owner, names in (
         (sums.Pass, ("log", "check_replays", "result")),
         (loop, ("stop_if_bad", "_explain_bad", "train_single")),
+        # `ledger_steps` makes log points of its own.
+        (Intervals, ("add",)),
     ):
         for name in names:
             monkeypatch.setattr(owner, name, allowing(getattr(owner, name)))
@@ -406,6 +409,7 @@ FITS = {
     "groups": plain(groups=SITES),
     "spread": plain(spread=True, groups=SITES, samples=True),
     "accumulate": plain(accumulate=2, sample_weight=WEIGHT, mask=VALID),
+    "intervals": plain(ledger_steps=2),
     "clip": plain(compiled={"clip_norm": 0.1}),
     "average": plain(compiled={"ema": 0.9}),
     "skip": plain(data=(BAD, Y), compiled={"on_nonfinite": "skip", "metrics": ["MAE"]}, samples=True),
@@ -483,6 +487,58 @@ def test_data_may_lie_on_the_device(between_log_points):
     with pretended.device():
         alike(history(placed, moved), expected)
         alike(history(placed, lambda arrays: [moved(arrays[0]), arrays[1]]), expected)
+
+
+def test_a_run_is_resumed_on_a_device(tmp_path):
+    class Stop(ll.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 3:
+                raise KeyboardInterrupt
+
+    def fit(folder, *callbacks):
+        torch.manual_seed(3)
+        model = ll.Model(placed(columns()))
+        model.compile("rmsprop", BCE, metrics=["MAE"])
+        given = {"epochs": 2, "verbose": 0, "seed": 1, "samples": True, "callbacks": callbacks}
+        return model.fit(X, Y, BATCH, run_dir=tmp_path / folder, resume=True, **given).history
+
+    often = ll.callbacks.BackupAndRestore(save_freq=1)
+    with pretended.device():
+        with pytest.raises(KeyboardInterrupt):
+            fit("killed", Stop(), often)
+        assert fit("killed", often) == fit("whole", often)
+
+
+def test_a_gap_is_measured_on_a_device():
+    def history(place):
+        torch.manual_seed(3)
+        model = ll.Model(place(columns()))
+        model.compile("adam", BCE)
+        given = {"verbose": 0, "seed": 1, "validation_split": 0.2, "callbacks": [ll.callbacks.Gap()]}
+        model.fit(X, Y, BATCH, 2, **given)
+        return [row.contribution for row in model.ledger.rows]
+
+    expected = history(lambda net: net)
+    with pretended.device():
+        alike(history(placed), expected)
+
+
+TEXTS = {
+    "breakdown": lambda loss, *given: str(ll.Objective(loss)(*given)),
+    "explanation": lambda loss, *given: str(ll.explain(loss, *given)),
+    "contributions": lambda loss, *given: loss.tally(*given, by="class").contributions().tolist(),
+}
+
+
+@pytest.mark.parametrize("tell", TEXTS.values(), ids=TEXTS)
+@parametrize(
+    [row for row in MATRIX if row.name in ("bce-logits", "sparse-logits", "dice-all", "focal_tversky-class-plain")]
+)
+def test_what_is_said_of_a_batch_of_a_device(row, tell):
+    given = tensors(case(row, 7, samples=9))
+    expected = tell(row.make(), *given)
+    with pretended.device():
+        assert tell(row.make(), *moved(given)) == expected
 
 
 # --- what depends on the kind of device ----------------------------------------------------------------------------
