@@ -7,16 +7,31 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 
-def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int, parts: int = 1) -> dict[str, list[float]]:
-    """Seconds of each contender and repeat, divided by the `parts` of a run; a run of each goes before, unmeasured."""
+
+def settled(device: str) -> None:
+    """Wait until a device has done what it was told."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], repeats: int, parts: int = 1, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each contender and repeat, divided by the `parts` of a run; a run of each goes before, unmeasured.
+
+    A run ends when the device has ended it.
+    """
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            settled(device)
             began = time.perf_counter()
             run()
+            settled(device)
             times[name].append((time.perf_counter() - began) / parts)
     return times
 

@@ -4,7 +4,7 @@ Forward and backward from given outputs, without a model. Contenders run in turn
 and the ratio to torch's plain loss repeat by repeat, and the extra memory: what is held at most beside inputs, from
 the allocations that the profiler of torch sees, the gradient and buffers that are kept for the next batch included.
 
-    python benchmarks/losses.py [--repeats 15] [--only "U-Net, 64"] [--tiny]
+    python benchmarks/losses.py [--repeats 15] [--only "U-Net, 64"] [--tiny] [--device cpu]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import pages
 import torch
 import torch.nn.functional as F
-from interleaved import compared, interleaved, spread
+from interleaved import compared, interleaved, settled, spread
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -60,7 +60,8 @@ def contenders(
     output: Tensor, target: Tensor, loss: ll.losses.Loss, function: Callable[..., Tensor]
 ) -> dict[str, Callable[[], object]]:
     entries = output.shape[:-1]
-    weight, mask = torch.rand(entries), torch.rand(entries) < 0.9
+    weight = torch.rand(entries, device=output.device)
+    mask = torch.rand(entries, device=output.device) < 0.9
     by_class = torch.rand(output.shape[-1]).tolist()
     output.requires_grad_()
 
@@ -83,8 +84,14 @@ def contenders(
     }
 
 
-def most_held(step: Callable[[], object]) -> int:
+def most_held(step: Callable[[], object], device: str) -> int:
     """The most bytes of memory held at once beside what was there before, in a run without buffers of earlier ones."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        settled(device)
+        return torch.cuda.max_memory_allocated(device) - before
     backward._KEPT.scratch = None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
@@ -96,16 +103,17 @@ def most_held(step: Callable[[], object]) -> int:
     return most
 
 
-def measure(repeats: int, only: str, tiny: bool) -> list[dict[str, object]]:
+def measure(repeats: int, only: str, tiny: bool, device: str) -> list[dict[str, object]]:
     rows = []
     for name, problem in workloads(tiny):
         if only not in name:
             continue
-        steps = contenders(*problem)
+        output, target, *rest = problem
+        steps = contenders(output.to(device), target.to(device), *rest)
         for step in steps.values():
             step()
-        memory = {contender: most_held(step) / 2**20 for contender, step in steps.items()}
-        times = interleaved(steps, repeats)
+        memory = {contender: most_held(step, device) / 2**20 for contender, step in steps.items()}
+        times = interleaved(steps, repeats, device=device)
         for contender in steps:
             row = {"workload": name, "contender": contender, **compared(times, contender, PLAIN)}
             rows.append(row | {"extra_mib": memory[contender], "memory_ratio": memory[contender] / memory[PLAIN]})
@@ -117,10 +125,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--only", default="")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script; writes no results")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    rows = measure(arguments.repeats, arguments.only, arguments.tiny)
-    about = pages.about(arguments.repeats)
+    rows = measure(arguments.repeats, arguments.only, arguments.tiny, arguments.device)
+    about = pages.about(arguments.repeats, device=arguments.device)
     lines = [
         "# Cost of a loss and its gradient",
         "",
@@ -138,7 +147,7 @@ def main() -> None:
     print("\n".join(lines))
     if arguments.tiny or arguments.only:
         return
-    pages.keep("losses", lines, {"about": about, "rows": rows})
+    pages.keep("losses", lines, {"about": about, "rows": rows}, arguments.device)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ The demo's U-Net on its scenes, binary cross-entropy and Dice over the batch. Co
 several times; the table shows medians and the ratio pair by pair. Goals: by class at most 1.03 of a step without
 groups, with samples at most 1.05 of a step by class.
 
-    python benchmarks/samples.py [--repeats 9] [--batches 12]
+    python benchmarks/samples.py [--repeats 9] [--batches 12] [--device cpu]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OFF, CLASS, SAMPLES = "no groups", "ledger by class", "ledger by class and sampl
 
 def contender(x: torch.Tensor, y: torch.Tensor, by: str | None, samples: bool) -> Callable[[], None]:
     torch.manual_seed(0)
-    model = ll.Model(UNet())
+    model = ll.Model(UNet().to(x.device))
     loss = ll.losses.BinaryCrossentropy(from_logits=True) + ll.losses.Dice(axis=(0, 1, 2), from_logits="sigmoid")
     model.compile(lambda p: torch.optim.Adam(p, lr=1e-3, fused=True), loss)
 
@@ -46,16 +46,16 @@ def contender(x: torch.Tensor, y: torch.Tensor, by: str | None, samples: bool) -
     return run
 
 
-def measure(repeats: int, batches: int) -> dict[str, list[float]]:
+def measure(repeats: int, batches: int, device: str) -> dict[str, list[float]]:
     """Seconds of a step, by contender and repeat."""
     scenes = make_scenes(BATCH * batches, 64)
-    x, y = torch.from_numpy(scenes.images), torch.from_numpy(scenes.masks)
+    x, y = torch.from_numpy(scenes.images).to(device), torch.from_numpy(scenes.masks).to(device)
     contenders = {
         OFF: contender(x, y, None, False),
         CLASS: contender(x, y, "class", False),
         SAMPLES: contender(x, y, "class", True),
     }
-    return interleaved(contenders, repeats, batches)
+    return interleaved(contenders, repeats, batches, device)
 
 
 def main() -> None:
@@ -63,12 +63,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    times = measure(given.repeats, given.batches)
+    times = measure(given.repeats, given.batches, given.device)
     rows = []
     for name, against, goal in ((OFF, OFF, None), (CLASS, OFF, 1.03), (SAMPLES, CLASS, 1.05), (SAMPLES, OFF, None)):
         rows.append({"contender": name, "against": against, **compared(times, name, against), "goal": goal})
-    about = pages.about(given.repeats) | {"steps": given.batches}
+    about = pages.about(given.repeats, device=given.device) | {"steps": given.batches}
     lines = [
         "# Cost of the ledger in a step",
         "",
@@ -82,7 +83,7 @@ def main() -> None:
         lines.append(f"| {row['contender']} | {row['against']} | {row['median_ms']:.2f} | {spread(row, 3)} | {goal} |")
     print("\n".join(lines))
     if not given.dry:
-        pages.keep("samples", lines, {"about": about, "rows": rows})
+        pages.keep("samples", lines, {"about": about, "rows": rows}, given.device)
 
 
 if __name__ == "__main__":

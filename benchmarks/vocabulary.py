@@ -93,17 +93,6 @@ def exact(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, Tens
     return value / len(kept), pull, total
 
 
-def waited(step: Step, device: str) -> Callable[[], None]:
-    """A step that ends when the device has ended it."""
-
-    def run() -> None:
-        step()
-        if device != "cpu":
-            torch.cuda.synchronize()
-
-    return run
-
-
 def error(found: Tensor, right: Tensor) -> float:
     return float((found.double() - right).norm() / right.norm())
 
@@ -142,7 +131,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
                 "error_weight": error(found[2], right[2]),
             }
             del found
-        times = interleaved({name: waited(step, arguments.device) for name, step in steps.items()}, arguments.repeats)
+        times = interleaved(steps, arguments.repeats, device=arguments.device)
         kind = {"vocabulary": vocabulary, "dtype": str(dtype).removeprefix("torch."), "ignored": ignored}
         rows += [{**kind, "contender": name, **compared(times, name, "plain torch"), **about[name]} for name in steps]
     return rows
@@ -174,8 +163,7 @@ def main() -> None:
             f"| {row['median_ms']:.0f} | {spread(row)} | {row['extra_mib']:.0f} "
             f"| {row['error_loss']:.1e} | {row['error_hidden']:.1e} | {row['error_weight']:.1e} |"
         )
-    name = "vocabulary" if arguments.device == "cpu" else f"vocabulary-{arguments.device}"
-    pages.keep(name, lines, {"about": about, "rows": rows})
+    pages.keep("vocabulary", lines, {"about": about, "rows": rows}, arguments.device)
     print("\n".join(lines))
 
 

@@ -3,7 +3,7 @@
 The demo's U-Net in float32 with binary cross-entropy and weights by class. Contenders run in one process, in turn,
 several times; the table shows medians and the ratio pair by pair. Their gradients are compared first.
 
-    python benchmarks/window.py [--repeats 9] [--steps 6] [--batch 16]
+    python benchmarks/window.py [--repeats 9] [--steps 6] [--batch 16] [--device cpu]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def adam(parameters):
 
 def plain(net, x, y, size, make_optimizer=adam):
     """Gradient accumulation by hand: the mean of each batch over the number of batches."""
-    optimizer, weights = make_optimizer(net.parameters()), torch.tensor(WEIGHTS)
+    optimizer, weights = make_optimizer(net.parameters()), torch.tensor(WEIGHTS, device=x.device)
     net.train()
 
     def run() -> None:
@@ -79,7 +79,7 @@ def fitted(net, x, y, size):
 def contenders(x, y, size) -> dict[str, Callable[[], None]]:
     def net():
         torch.manual_seed(0)
-        return UNet()
+        return UNet().to(x.device)
 
     return {
         "plain torch": plain(net(), x, y, size),
@@ -99,16 +99,22 @@ def compare(x, y, size) -> float:
 
     for make in (plain, lambda *given, **named: stepped(*given, by=None, **named)):
         torch.manual_seed(0)
-        make(UNet(), x[: ACCUMULATE * size], y[: ACCUMULATE * size], size, make_optimizer=lambda p: Kept(p, lr=0.0))()
+        make(
+            UNet().to(x.device),
+            x[: ACCUMULATE * size],
+            y[: ACCUMULATE * size],
+            size,
+            make_optimizer=lambda p: Kept(p, lr=0.0),
+        )()
     return float((found[0] - found[1]).norm() / found[0].norm())
 
 
-def measure(repeats: int, steps: int, size: int) -> tuple[list[dict[str, object]], float]:
+def measure(repeats: int, steps: int, size: int, device: str) -> tuple[list[dict[str, object]], float]:
     scenes = make_scenes(steps * ACCUMULATE * size, 64)
-    x, y = torch.from_numpy(scenes.images), torch.from_numpy(scenes.masks).float()
+    x, y = torch.from_numpy(scenes.images).to(device), torch.from_numpy(scenes.masks).float().to(device)
     distance = compare(x, y, size)
     runs = contenders(x, y, size)
-    times = interleaved(runs, repeats, steps)
+    times = interleaved(runs, repeats, steps, device)
     return [{"contender": name, **compared(times, name, "plain torch")} for name in runs], distance
 
 
@@ -118,9 +124,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dry", action="store_true", help="print, and leave the results as they are")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    rows, distance = measure(options.repeats, options.steps, options.batch)
-    about = pages.about(options.repeats, numpy=np.__version__)
+    rows, distance = measure(options.repeats, options.steps, options.batch, options.device)
+    about = pages.about(options.repeats, numpy=np.__version__, device=options.device)
     lines = [
         f"# Cost of a window of {ACCUMULATE} micro-batches",
         "",
@@ -138,7 +145,7 @@ def main() -> None:
         lines.append(f"| {row['contender']} | {row['median_ms']:.1f} | {spread(row, 3)} |")
     print("\n".join(lines))
     if not options.dry:
-        pages.keep("window", lines, {"about": about, "gradients": distance, "rows": rows})
+        pages.keep("window", lines, {"about": about, "gradients": distance, "rows": rows}, options.device)
 
 
 if __name__ == "__main__":
