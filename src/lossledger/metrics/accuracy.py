@@ -11,7 +11,7 @@ from torch import Tensor
 from lossledger import losses
 from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
-from lossledger.metrics.metric import LayoutMetric, Result, Statistics, mean, mean_sums
+from lossledger.metrics.metric import LayoutMetric, mean_sums
 from lossledger.values import shape_of
 
 
@@ -99,10 +99,6 @@ class BinaryAccuracy(LayoutMetric):
         right = (raw > self._cut) == (batch.y_true > 0.5)
         return mean_sums(torch.where(undefined(batch), math.nan, right.to(raw.dtype)), batch.weighting)
 
-    def result(self, statistics: Statistics) -> Result:
-        """The accuracy of a whole."""
-        return Result(mean(statistics))
-
 
 @final
 class CategoricalAccuracy(LayoutMetric):
@@ -138,10 +134,6 @@ class CategoricalAccuracy(LayoutMetric):
         chosen, undecided = decision(batch)
         right = (chosen == batch.y_true.argmax(-1)).to(batch.prediction.raw.dtype)
         return mean_sums(torch.where(undecided, math.nan, right).unsqueeze(-1), batch.weighting)
-
-    def result(self, statistics: Statistics) -> Result:
-        """The accuracy of a whole."""
-        return Result(mean(statistics))
 
 
 @final
@@ -184,7 +176,3 @@ class SparseCategoricalAccuracy(LayoutMetric):
         right = (chosen == batch.y_true).to(raw.dtype)
         bad = undecided | outside(batch.y_true, raw.shape[-1])
         return mean_sums(torch.where(bad, math.nan, right).unsqueeze(-1), batch.weighting)
-
-    def result(self, statistics: Statistics) -> Result:
-        """The accuracy of a whole."""
-        return Result(mean(statistics))

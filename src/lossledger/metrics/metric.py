@@ -109,7 +109,7 @@ class Metric(ABC):
 
 
 class LayoutMetric(Metric):
-    """A metric that reads targets, predictions, weights and masks the way a loss does.
+    """A metric that reads targets, predictions, weights and masks the way a loss does; a mean, if it says no more.
 
     Args:
         name: name of the metric.
@@ -133,6 +133,10 @@ class LayoutMetric(Metric):
         A NaN among unmasked predictions and a label out of range give NaN: they can be neither right nor wrong.
         """
         return self._sums(self._layout.align(y_true, y_pred, sample_weight, mask, where=self.name, checked=True))
+
+    def result(self, statistics: Statistics) -> Result:
+        """The mean of a whole: the first of its two sums over the second."""
+        return Result(mean(statistics))
 
     @torch.no_grad()
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, mask: Any = None) -> float:

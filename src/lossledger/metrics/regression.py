@@ -56,10 +56,6 @@ class MeanAbsoluteError(_ErrorMetric):
     def _sums(self, batch: Aligned) -> Tensor:
         return mean_sums(self._error(batch).abs(), batch.weighting)
 
-    def result(self, statistics: Statistics) -> Result:
-        """The mean absolute error of a whole."""
-        return Result(mean(statistics))
-
 
 @final
 class MeanSquaredError(_ErrorMetric):
@@ -89,10 +85,6 @@ class MeanSquaredError(_ErrorMetric):
 
     def _sums(self, batch: Aligned) -> Tensor:
         return mean_sums(self._error(batch).square(), batch.weighting)
-
-    def result(self, statistics: Statistics) -> Result:
-        """The mean squared error of a whole."""
-        return Result(mean(statistics))
 
 
 @final
@@ -188,7 +180,3 @@ class MeanMetric(LayoutMetric):
         weight, mask = (None, None) if late is None else (late.sample_weight, late.mask)
         weights = weighting(tuple(values.shape), 1, weight, mask, where=self.name)
         return mean_sums(weights.select(values.unsqueeze(-1), 0.0), weights)
-
-    def result(self, statistics: Statistics) -> Result:
-        """The mean of a whole."""
-        return Result(mean(statistics))
