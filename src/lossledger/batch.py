@@ -84,7 +84,9 @@ def holds_arrays(value: Sequence[Any]) -> bool:
     first = value[0]
     if isinstance(first, list | tuple):
         return holds_arrays(first)
-    return first is None or isinstance(first, Tensor | np.ndarray | Mapping)
+    if first is None or isinstance(first, Tensor | np.ndarray | Mapping):
+        return True
+    return hasattr(first, "__array__") and not isinstance(first, np.generic)
 
 
 def to_tensor(value: Any, what: str, dtype: torch.dtype) -> Tensor:

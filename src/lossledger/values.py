@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,16 @@ unwrapped: Any = getattr(torch.func, "debug_unwrap", lambda tensor: tensor)
 def is_number(value: object) -> TypeGuard[float]:
     """Whether the value is a real number, of Python or of NumPy; a bool is none."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def in_memory(value: Any) -> Any:
+    """Arrays of other libraries, such as a column of pandas, as NumPy's; what torch knows by itself stays.
+
+    torch would read a column as a sequence: position 0 as the row that is called 0.
+    """
+    if hasattr(value, "__array__") and not hasattr(value, "__torch_function__"):
+        return np.asarray(value)
+    return value
 
 
 def not_finite(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, UnknownNameError
-from lossledger.values import Scratch, any_of, is_number, selected, shape_of, streams
+from lossledger.values import Scratch, any_of, in_memory, is_number, selected, shape_of, streams
 
 # Torch stores these, and can neither compare nor index them; the wider type holds all of their values.
 _WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
@@ -37,12 +37,12 @@ def as_tensor(value: Any, what: str, *, device: torch.device | None = None) -> T
         moved = value if device is None or value.device == device else value.to(device)
         return moved.to(_WIDER[moved.dtype]) if moved.dtype in _WIDER else moved
     try:
-        if isinstance(value, np.ndarray) and not value.flags.writeable:
+        if isinstance(array := in_memory(value), np.ndarray) and not array.flags.writeable:
             with warnings.catch_warnings():
                 # Memory maps are shared, not copied; nothing in the library writes to data.
                 warnings.simplefilter("ignore")
-                return as_tensor(torch.as_tensor(value), what, device=device)
-        return as_tensor(torch.as_tensor(value, device=device), what)
+                return as_tensor(torch.as_tensor(array), what, device=device)
+        return as_tensor(torch.as_tensor(array, device=device), what)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputTypeError(
             f"{what}: expected a tensor, a NumPy array or numbers, received {type(value).__name__} ({error}). "

@@ -259,7 +259,7 @@ def is_arrays(x: Any) -> bool:
     A tuple is data in memory. A list is a structure of arrays, or one array of numbers, unless its items are batches:
     `Batch`es, or lists or tuples of arrays.
     """
-    if isinstance(x, Tensor | np.ndarray | Mapping):
+    if isinstance(x, Tensor | np.ndarray | Mapping) or hasattr(x, "__array__"):
         return True
     if not isinstance(x, list | tuple) or not x:
         return False
