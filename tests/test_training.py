@@ -234,6 +234,24 @@ def test_only_some_batches_may_carry_a_weight_or_a_mask(kind, first, reduction):
     assert same(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize("output", ["", "b"])
+def test_a_metric_with_and_without_weights_has_the_names_of_keras(output):
+    x, y = data()
+    w = torch.linspace(0, 2, N).double()
+    names = ["mae", "weighted_mae"] if not output else ["b_mae", "b_weighted_mae"]
+    loss, metrics = ("mse", ["mae"]) if not output else ({"b": "mse"}, {"b": ["mae"]})
+    model = compiled(Two(dict).double() if output else None, loss, metrics=metrics, weighted_metrics=metrics)
+    numbers = model.evaluate(
+        x, {"b": two_targets()["b"]} if output else y, sample_weight=w, verbose=0, return_dict=True
+    )
+    found = model.predict(x)[output] if output else model.predict(x)
+    off = np.abs(found - (two_targets()[output] if output else y).numpy()).mean(1)
+    wanted = [off.mean(), (off * w.numpy()).sum() / w.numpy().sum()]
+    assert [numbers[name] for name in names] == pytest.approx(wanted, rel=1e-12)
+    with pytest.raises(ll.errors.InputError, match="used twice"):
+        compiled(loss="mse", weighted_metrics=["mae", "mae"])
+
+
 @pytest.mark.parametrize("wrap", [tuple, list])
 def test_the_target_of_an_output_without_a_loss_may_be_none(wrap):
     x, _ = data()

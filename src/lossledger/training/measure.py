@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,12 @@ class MetricPlan:
     metric: Any
     weighted: bool
 
+    @property
+    def weighted_name(self) -> str:
+        """Its name where the same metric without weights has the plain one."""
+        name = f"weighted_{self.metric.name}"
+        return f"{self.output}_{name}" if self.output else name
+
 
 def plan(objective: Objective, given: Any, weighted: Any) -> tuple[MetricPlan, ...]:
     """The metrics of `compile`, resolved once.
@@ -40,7 +46,10 @@ def plan(objective: Objective, given: Any, weighted: Any) -> tuple[MetricPlan, .
         UnknownNameError: an output or metric that does not exist.
         InputError: two metrics of one name.
     """
-    plans = [*_plans(objective, given, False), *_plans(objective, weighted, True)]
+    plans = _plans(objective, given, False)
+    names = [p.name for p in plans]
+    # As in Keras, where the same name stands in both lists.
+    plans += [replace(p, name=p.weighted_name) if p.name in names else p for p in _plans(objective, weighted, True)]
     names = [p.name for p in plans]
     taken = {"loss", "last", *(posting.loss_key(t.name) for t in objective.terms)}
     taken |= {f"{output}_loss" for output in objective.outputs}
