@@ -424,6 +424,15 @@ def test_table_as_text() -> None:
     assert len(table) == 6 and [line["epoch"] for line in table] == [1, 1, 1, 2, 2, 2]
 
 
+def test_joiners_of_words_and_emoji_stay_and_take_no_column() -> None:
+    persian, family = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\U0001f469\u200d\U0001f467"
+    assert (cell_width(persian), cell_width(family)) == (7, 4)
+    text = aligned(("class",), [(persian,), (family,), ("turned\u202eround",)], (False,))
+    assert persian in text and family in text
+    # What turns the order of the letters that follow is no part of a word.
+    assert "turned\ufffdround" in text
+
+
 def test_table_shortens_names_and_not_numbers() -> None:
     table = Table(
         ("term", "total"), [{"term": "a_very_long_name_" * 8, "total": 1.5}, {"term": "x\x1b[31m", "total": None}]

@@ -35,6 +35,8 @@ MEASURES = ("total", "count", "weight", "mean", "contribution", "share")
 KEPT = ("masked", "minimum", "maximum", "squares")
 DASH = "–"
 SHORTEST_NAME = 10
+# Signs of formatting that words of Persian or Hindi and joined emoji are written with; they take no column.
+_JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
 
 _FIXED_ORDER = {
     "split": {"training": 0, "validation": 1, "test": 2},
@@ -348,13 +350,13 @@ def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequ
 
 def clean(text: str) -> str:
     """The text without control characters, which could move the cursor or hide what follows."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if c.isprintable() or c in _JOINERS else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def cell_width(text: str) -> int:
     """How many columns of a terminal the text takes."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) != 0 or c in _JOINERS for c in text)
 
 
 def shortened(text: str, width: int) -> str:
