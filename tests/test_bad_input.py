@@ -137,6 +137,12 @@ SHAPES = [
     row("sparse-rank-1", lambda: SPARSE(zeros(3), zeros(3)), InputError, "(3,)", "one number for each class"),
     row("class-axis-is-batch", lambda: L.BinaryCrossentropy(axis=0)(zeros(3, 2), zeros(3, 2)), InputError, "axis=0"),
     row("class-axis-too-far", lambda: L.BinaryCrossentropy(axis=2)(zeros(3, 2), zeros(3, 2)), InputError, "axis=2"),
+    row(
+        "dice-keeps-an-axis-of-the-image",
+        lambda: L.Dice(axis=(0, 2, 3)).tally(zeros(2, 3, 4, 4), zeros(2, 3, 4, 4), by="class"),
+        InputError,
+        *("axis=(0, 2, 3) keeps axis 1", "the last, the classes", "permute targets and output to (0, 2, 3, 1)"),
+    ),
     row("dice-axis", lambda: L.Dice(axis=3)(zeros(3, 2), zeros(3, 2)), InputError, "dice", "axis 3"),
     row("objects", lambda: mse(zeros(1, 1), np.array([[None]])), InputTypeError, "y_pred", "rectangular"),
 ]

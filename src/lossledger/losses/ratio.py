@@ -349,10 +349,15 @@ class Overlap(ElementLoss):
         """The axis along which the groups of a ratio lie."""
         last = len(batch.weighting.shape) - 1
         axis = {"class": last, "column": last, "sample": 0}.get(by) if isinstance(by, str) else None
-        if axis is None or any(a not in (0, last) for a in self._kept(last + 1)):
+        between = [a for a in self._kept(last + 1) if a not in (0, last)]
+        if axis is None or between:
+            why = (
+                f"axis={self.axis!r} keeps axis {between[0]}" if between else "its groups are whole classes or samples"
+            )
             raise InputError(
-                f"{batch.where}: a ratio over the batch cannot be divided by {by if isinstance(by, str) else 'ids'!r}; "
-                "expected 'class' or 'sample', with no axis kept but the class axis."
+                f"{batch.where}: a ratio over the batch cannot be divided by {by if isinstance(by, str) else 'ids'!r}: "
+                f"{why}; expected 'class' or 'sample', and no axis kept between the batch and the last, the classes. "
+                "With the classes on axis 1 (NCHW), permute targets and output to (0, 2, 3, 1)."
             )
         return axis
 
