@@ -351,9 +351,7 @@ class Overlap(ElementLoss):
         axis = {"class": last, "column": last, "sample": 0}.get(by) if isinstance(by, str) else None
         between = [a for a in self._kept(last + 1) if a not in (0, last)]
         if axis is None or between:
-            why = (
-                f"axis={self.axis!r} keeps axis {between[0]}" if between else "its groups are whole classes or samples"
-            )
+            why = f"axis={self.axis} keeps axis {between[0]}" if between else "its groups are classes or samples"
             raise InputError(
                 f"{batch.where}: a ratio over the batch cannot be divided by {by if isinstance(by, str) else 'ids'!r}: "
                 f"{why}; expected 'class' or 'sample', and no axis kept between the batch and the last, the classes. "
