@@ -133,8 +133,6 @@ def _jit(forward: Forward) -> Jit:
 
 def built(forward: Forward, data: Data, device: torch.device) -> Data:
     """The data, after its first batch has made the parameters of a model that has none yet."""
-    if forward.built:
-        return data
     batch, data = boundary.first_batch(data)
     with evaluating(forward.net):
         forward.build(to_device(batch, device).x)

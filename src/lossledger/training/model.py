@@ -158,7 +158,7 @@ class Model(Placed):
         return self._settings
 
     def _built(self, data: Data) -> Data:
-        return built(self._forward, data, self._device())
+        return data if self._forward.built else built(self._forward, data, self._device())
 
     # --- fit ---------------------------------------------------------------------------------------------------
 
