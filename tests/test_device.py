@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,16 +17,14 @@ import lossledger as ll
 import pretended
 from checks import case, close, tensors
 from declarations import MATRIX, REDUCTIONS, ROWS
-from lossledger.training import loop, optimizers, sums, waiting
+from lossledger.training import optimizers, waiting
 from lossledger.training.gate import Gate
-from lossledger.training.intervals import Intervals
 from lossledger.values import streams
+from on_device import BATCH, BCE, FITS, READING, WEIGHT, X, Y, alike, between_log_points, columns, of_loss, trained
 from pretended import MixedError, OnDevice, WaitError, host, moved, placed, unread
 from thread_ranks import on_threads, windows_take_threads
 
 L = ll.losses
-# torch's own CTC takes the lengths of its sequences from the host.
-READING = ("ctc",)
 CLASS_WEIGHTS = {"dict": {0: 2.0, 1: 0.5}, "list": [1.0, 2.0, 0.5], "tensor": torch.tensor([1.0, 2.0, 0.5])}
 
 
@@ -118,30 +115,12 @@ def test_numpy_is_refused():
 # --- losses --------------------------------------------------------------------------------------------------------
 
 
-def of_loss(loss, given, by):
-    """The tally, the gradient, and that of a part of a window, of checked values: what a step does with a batch."""
-
-    def run(move):
-        y, p, w, m = move(given)
-        p = p.float()
-        with unread(loss.name not in READING):
-            batch = loss.align(y, p, w, m, checked=True)
-            tally, gradient = loss.backprop_aligned(batch, None, 1.0, by)
-            _, part = loss.backprop_aligned(batch, tally, 2.0, by)
-            if not loss.is_ratio(p.ndim):
-                loss.divisor_aligned(batch)
-            found = [tally.value, tally.count, tally.nonfinite, loss.restore(gradient, p), part]
-        return found if tally.groups is None else [*found, tally.groups.numerator, tally.groups.count]
-
-    return run
-
-
 @parametrize(MATRIX)
 @pytest.mark.parametrize(("weights", "masks"), [(False, False), (True, False), (False, True), (True, True)])
 def test_a_loss_is_the_same_on_a_device_and_nothing_is_read(row, weights, masks):
     given = tensors(case(row, 7, samples=9, weights=weights, masks=masks))
     for by in (None, *row.kinds) if weights == masks else (None,):
-        expected, found = both(of_loss(row.make(), given, by))
+        expected, found = both(of_loss(row.make(), given, by, unread))
         same(found, expected)
 
 
@@ -150,7 +129,7 @@ def test_a_loss_is_the_same_on_a_device_and_nothing_is_read(row, weights, masks)
 @pytest.mark.parametrize("weights", [False, True])
 def test_every_reduction_is_the_same_on_a_device(row, reduction, weights):
     given = tensors(case(row, 7, samples=9, weights=weights, masks=weights))
-    expected, found = both(of_loss(row.make(reduction=reduction), given, None))
+    expected, found = both(of_loss(row.make(reduction=reduction), given, None, unread))
     same(found, expected)
 
 
@@ -312,167 +291,28 @@ def test_counts_of_ranks_stay_on_the_device(make):
 
 
 @pytest.fixture
-def between_log_points(monkeypatch):
-    """Reading is forbidden from a batch on until the next log point; how many batches were so, and how many waited."""
-    seen = {"batches": 0, "waited": 0, "reading": 0}
-
-    def forbidding(*given):
-        seen["batches"] += not seen["reading"]
-        pretended.set_unread(not seen["reading"])
-        return to_device(*given)
-
-    def allowing(function):
-        def call(*given, **named):
-            pretended.set_unread(False)
-            seen["reading"] += 1
-            try:
-                return function(*given, **named)
-            finally:
-                seen["reading"] -= 1
-
-        return call
-
-    def pulling(*given):
-        found = pull(*given)
-        seen["waited"] += found is not None
-        return found
-
-    to_device, pull = loop.to_device, waiting.Waiting.pull
-    monkeypatch.setattr(sums, "LOG_SECONDS", 1e9)
-    monkeypatch.setattr(loop, "to_device", forbidding)
-    monkeypatch.setattr(waiting.Waiting, "pull", pulling)
-    # A single batch has its targets checked, and is a log point as a whole.
-    for owner, names in (
-        (sums.Pass, ("log", "check_replays", "result")),
-        (loop, ("stop_if_bad", "_explain_bad", "train_single")),
-        # `ledger_steps` makes log points of its own.
-        (Intervals, ("add",)),
-    ):
-        for name in names:
-            monkeypatch.setattr(owner, name, allowing(getattr(owner, name)))
-    return seen
-
-
-class ByPixel(nn.Module):
-    """Logits of each pixel, classes last."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
-
-    def forward(self, x):
-        return self.body(x).movedim(1, -1)
-
-
-class TwoOutputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 1)
-
-    def forward(self, x):
-        a = self.a(x)
-        ll.add_loss("size", 0.1 * a.square().mean())
-        return {"a": a, "b": self.b(x)}
-
-
-def columns():
-    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
-
-
-SAMPLES, BATCH = 40, 8
-rng = np.random.default_rng(0)
-X = rng.normal(size=(SAMPLES, 3)).astype("float32")
-Y = (rng.random((SAMPLES, 2)) < 0.4).astype("float32")
-LABELS = rng.integers(0, 2, SAMPLES)
-PICTURES = rng.normal(size=(SAMPLES, 1, 8, 8)).astype("float32")
-MASKS = (rng.random((SAMPLES, 8, 8, 3)) < 0.4).astype("float32")
-WEIGHT = rng.uniform(0.5, 2, SAMPLES).astype("float32")
-VALID = rng.random(SAMPLES) < 0.8
-SITES = {"site": list("abcd" * 10)}
-BAD = np.where(np.arange(SAMPLES)[:, None] == 5, np.nan, X)
-BCE = L.BinaryCrossentropy(from_logits=True)
-DICE = L.Dice(from_logits="sigmoid", axis=(0, 1, 2)) + BCE
-
-
-def plain(loss=BCE, data=(X, Y), net=columns, compiled=None, **given):
-    return net, {"loss": loss, **(compiled or {})}, data, given
-
-
-METRICS = {"metrics": ["BinaryAccuracy", "MAE", "IoU", "DiceScore"], "weighted_metrics": ["MSE"]}
-FITS = {
-    "plain": plain(),
-    "weights": plain(sample_weight=WEIGHT, mask=VALID),
-    "class weights": plain(class_weight={0: 2.0}, sample_weight=WEIGHT),
-    "labels": plain(L.SparseCategoricalCrossentropy(from_logits=True), (X, LABELS), class_weight={0: 2.0}),
-    "metrics": plain(compiled=METRICS, sample_weight=WEIGHT),
-    "samples": plain(samples=True, sample_weight=WEIGHT),
-    "groups": plain(groups=SITES),
-    "spread": plain(spread=True, groups=SITES, samples=True),
-    "accumulate": plain(accumulate=2, sample_weight=WEIGHT, mask=VALID),
-    "intervals": plain(ledger_steps=2),
-    "clip": plain(compiled={"clip_norm": 0.1}),
-    "average": plain(compiled={"ema": 0.9}),
-    "skip": plain(data=(BAD, Y), compiled={"on_nonfinite": "skip", "metrics": ["MAE"]}, samples=True),
-    "record": plain(compiled={"on_nonfinite": "record"}),
-    "reproducible": plain(compiled={"reproducible": True}),
-    "regularizers": plain(compiled={"regularizers": {"*.weight": "l2"}}),
-    "validation": plain(validation_split=0.2),
-    "batches": plain(data=([(X[i : i + BATCH], Y[i : i + BATCH], WEIGHT[i : i + BATCH]) for i in range(0, 40, 8)],)),
-    "two outputs": plain(
-        {"a": BCE, "b": "mse"}, (X, {"a": Y, "b": X[:, :1]}), TwoOutputs, {"loss_weights": {"b": 0.5, "size": 2.0}}
-    ),
-    "pictures": plain(DICE, (PICTURES, MASKS), ByPixel, class_weight=[1.0, 2.0, 3.0], samples=True, spread=True),
-    "window of pictures": plain(DICE, (PICTURES, MASKS), ByPixel, accumulate=2),
-    **{name: plain(compiled={"optimizer": name}) for name in ("sgd", "adamw", "rmsprop", "nadam", "adamax")},
-    "adadelta": plain(compiled={"optimizer": "adadelta"}),
-}
-
-
-def trained(fit, on_device):
-    """History, evaluation, predictions, weights and ledger of a fit."""
-    make, compiled, data, given = fit
-    torch.manual_seed(3)
-    net = placed(make()) if on_device else make()
-    model = ll.Model(net)
-    model.compile(**{"optimizer": "adam", **compiled})
-    sized = {"batch_size": BATCH} if len(data) == 2 else {}
-    history = model.fit(*data, epochs=2, verbose=0, seed=1, checks="off", **sized, **given).history
-    tested = model.evaluate(*data, verbose=0, return_dict=True, **sized)
-    predicted = model.predict(data[0], batch_size=BATCH)
-    rows = [(row.split, row.term, row.kind, row.group, row.count, row.contribution) for row in model.ledger.rows]
-    single = model.train_on_batch(*data, return_dict=True) if len(data) == 2 else {}
-    return [history, tested, predicted, single, host(dict(net.state_dict()))], rows
-
-
-def alike(found, expected):
-    if isinstance(expected, dict):
-        assert list(found) == list(expected)
-        found, expected = list(found.values()), list(expected.values())
-    if isinstance(expected, list):
-        assert len(found) == len(expected)
-        for mine, other in zip(found, expected, strict=True):
-            alike(mine, other)
-    else:
-        np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=2e-5)
+def points(monkeypatch):
+    """Nothing is read between log points; see `between_log_points`."""
+    return between_log_points(monkeypatch, pretended.set_unread)
 
 
 @pytest.mark.parametrize("name", FITS)
-def test_fit_is_the_same_on_a_device_and_reads_at_log_points_only(name, monkeypatch, between_log_points):
-    expected, ledger = trained(FITS[name], False)
-    between_log_points.update(batches=0, waited=0)
+def test_fit_is_the_same_on_a_device_and_reads_at_log_points_only(name, monkeypatch, points):
+    expected, ledger = trained(FITS[name])
+    points.update(batches=0, waited=0)
     with pretended.device() as device:
         # Tallies wait for plain tensors only, which those of a real device are.
         monkeypatch.setattr(waiting, "Tensor", OnDevice)
-        found, on_device = trained(FITS[name], True)
-    assert device.type == "cuda" and between_log_points["batches"] >= 10
+        found, on_device = trained(FITS[name], placed, host)
+    assert device.type == "cuda" and points["batches"] >= 10
     if name == "plain":
-        assert between_log_points["waited"] == 10
+        assert points["waited"] == 10
     alike(found, expected)
     assert [row[:-1] for row in on_device] == [row[:-1] for row in ledger]
     alike([row[-1] for row in on_device], [row[-1] for row in ledger])
 
 
-def test_data_may_lie_on_the_device(between_log_points):
+def test_data_may_lie_on_the_device(points):
     """All, or some of the arrays; the order of the samples is made on the host."""
 
     def history(place, move):
