@@ -75,12 +75,6 @@ def quartic(y_true, y_pred):
     return ((y_true - y_pred) ** 4).mean(-1)
 
 
-def same_shape_pairs(y_true, y_pred):
-    """A listwise loss: each prediction against every other prediction, with its own target."""
-    wins = torch.sign(y_true - y_true.T)
-    return F.softplus(-wins * (y_pred - y_pred.T)).mean(-1)
-
-
 padded = torch.arange(7) < torch.tensor([7, 2, 4, 1, 6, 3, 5, 7]).unsqueeze(1)
 pixels = torch.rand(6, 12, 12, generator=seeded(5)) < 0.7
 

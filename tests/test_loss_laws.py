@@ -136,7 +136,6 @@ def test_ignored_labels_are_masked_and_weights_of_0_are_not():
 REPEAT_IS_WEIGHT = {"sum", "mean_with_sample_weight"}
 MASK_IS_DELETE = set(REDUCTIONS) - {"sum_over_all_entries"}
 ZERO_IS_DELETE = {"sum", "mean_with_sample_weight", "sum_over_nonzero_weights"}
-MASKED_SAMPLE_IS_NEUTRAL = set(REDUCTIONS) - {"sum_over_all_entries"}
 
 
 def holds(row, reduction, change):
