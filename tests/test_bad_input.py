@@ -143,6 +143,7 @@ SHAPES = [
         InputError,
         *("axis=(0, 2, 3) keeps axis 1", "the last, the classes", "permute targets and output to (0, 2, 3, 1)"),
     ),
+    row("report-of-a-history", lambda: ll.report(fit(model()), "r.html"), InputTypeError, "History", "history.ledger"),
     row("dice-axis", lambda: L.Dice(axis=3)(zeros(3, 2), zeros(3, 2)), InputError, "dice", "axis 3"),
     row("objects", lambda: mse(zeros(1, 1), np.array([[None]])), InputTypeError, "y_pred", "rectangular"),
 ]

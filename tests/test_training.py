@@ -735,6 +735,13 @@ def test_a_loss_that_is_only_added_in_training_does_not_stop_validation(weight):
     assert list(history) == ["loss", "router", "val_loss"]
 
 
+def test_a_weight_of_a_loss_that_the_model_does_not_add_is_named():
+    x, y = data()
+    for rows in (2, N):
+        with pytest.raises(ll.errors.UnknownNameError, match=r"loss_weights.*'kl'"):
+            fit(compiled(loss_weights={"kl": 0.1}), x[:rows], y[:rows])
+
+
 def test_sparse_gradients_train():
     net = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 1))
     fit(compiled(net), torch.zeros(N, 2).long(), torch.zeros(N, 1))
@@ -795,6 +802,28 @@ def test_a_submodule_that_was_put_in_eval_mode_stays_there(call):
     model.net[1].eval()
     CALLS[call](model, *data())
     assert model.net[1].training is False
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_train_method_that_keeps_batch_norm_frozen_is_called(call):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.norm = mlp(), nn.BatchNorm1d(1, dtype=torch.float64)
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+        def forward(self, x):
+            return self.norm(self.body(x))
+
+    model = compiled(Frozen())
+    CALLS[call](model, *data())
+    assert int(model.net.norm.num_batches_tracked) == 0
+    # As it was found.
+    assert model.net.norm.training is model.net.training is True
 
 
 # --- callbacks -----------------------------------------------------------------------------------------------------

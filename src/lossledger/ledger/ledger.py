@@ -6,10 +6,11 @@ It only ever grows. What was saved is never rewritten: each save adds one segmen
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lossledger.errors import InputError, LedgerError, UnknownNameError
+from lossledger.errors import InputError, InputTypeError, LedgerError, UnknownNameError
 from lossledger.ledger import dynamics, query, segments
 from lossledger.ledger.columns import TEXT, Column, Columns, Records, grouped, joined
 from lossledger.ledger.diff import Diff, Side, difference
@@ -190,7 +191,13 @@ class Ledger(Sliced):
 
         Raises:
             LedgerError: not a run folder, a damaged or foreign file in it, or one of a newer version.
+            InputTypeError: no path.
         """
+        if not isinstance(path, str | PathLike):
+            raise InputTypeError(
+                f"Expected a ledger or the folder of a run, received {type(path).__name__}. The ledger of a history is "
+                "history.ledger, that of evaluate is model.ledger."
+            )
         folder = _absolute(path)
         if (folder / segments.RUN_FILE).exists():
             books = [_read_book(folder)]

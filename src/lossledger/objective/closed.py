@@ -88,5 +88,7 @@ class Closed:
 
 
 def can_wait(objective: Objective) -> bool:
-    """Whether gradients need no tally: one output, and every loss with a closed form."""
+    """Whether gradients need no tally: one output, every loss with a closed form, no auxiliary loss that is weighed."""
+    if objective._auxiliary_weights:  # Each step shows whether the model has those losses.
+        return False
     return objective.structure == "one" and all(has_closed_form(plan.loss) for plan in objective.terms)

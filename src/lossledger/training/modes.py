@@ -24,11 +24,15 @@ def training(net: nn.Module) -> Iterator[None]:
     """The module in train mode meanwhile; parts that were put in eval mode on purpose stay so.
 
     A module that is in eval mode as a whole (the state that `predict` or a loaded checkpoint leaves) is switched with
-    all of its parts; in a module in train mode, a part in eval mode is a frozen one.
+    all of its parts; in a module in train mode, a part in eval mode is a frozen one. What `train` of a module itself
+    keeps in eval mode stays there too.
     """
     modes = _modes(net)
-    if not net.training:
-        net.train()
+    frozen = [module for module, mode in modes if not mode] if net.training else []
+    # Also where it is in train mode: a `train` of its own may keep parts in eval mode, such as batch norm.
+    net.train()
+    for module in frozen:
+        module.training = False
     try:
         yield
     finally:
