@@ -84,7 +84,7 @@ def _in_parts(loss: Loss, batch: Aligned, window: Tally | None, factor: float, b
 
 def _length(numbers: int, each: int) -> int:
     """How many entries or samples of so many numbers each make a part: all parts are about alike."""
-    length = -(-numbers // (each * max(round(numbers / PART), 1)))
+    length = -(-numbers // (each * -(-numbers // PART)))
     return -(-length // _ROUND) * _ROUND if length > _ROUND else max(length, 1)
 
 
@@ -154,23 +154,27 @@ def _by_entries(loss: Loss, batch: Aligned, scale: Any, gradient: Tensor, by: By
     mask = None if batch.weighting.mask is None else batch.weighting.mask.expand(batch.weighting.shape).reshape(-1, 1)
     scratch = scratch_of_thread()
     flat = given.prediction.map(lambda values: values.reshape(-1, classes))
-    entries = _length(slopes.numel(), classes)
-    for start in range(0, len(slopes), entries):
+    # Beside the gradient, which is written to where it stays, one buffer at most: parts are twice as large.
+    entries = _length(slopes.numel(), 2 * classes) * 2
+    for start in range(0, slopes.shape[0], entries):
         rows = slice(start, start + entries)
-        prediction = flat.map(operator.itemgetter(rows))
-        weighting = Weighting((len(prediction.raw), 1), None if mask is None else mask[rows], _scratch=scratch)
-        for part in columns.tries(loss, replace(given, y_true=true[rows], prediction=prediction, weighting=weighting)):
-            scratch.take_back()
-            closed = loss._slopes(part)
+        out, prediction = slopes[rows], flat.map(operator.itemgetter(rows))
+        weighting = Weighting((out.shape[0], 1), None if mask is None else mask[rows], _scratch=scratch)
+        part = Aligned(true[rows], prediction, weighting, given.where, column_weight=given.column_weight)
+        for tried in columns.tries(loss, part):
+            scratch.take_back(out)
+            closed = loss._slopes(tried)
             if closed is None:
                 return None
-            torch.mul(closed[1], scale if weight is None else weight[rows], out=slopes[rows])
+            torch.mul(closed[1], scale if weight is None else weight[rows], out=out)
             # A number of the processor is read without waiting.
-            if mask is None or isfinite(float(slopes[rows].sum())):
+            if mask is None or isfinite(float(out.sum())):
                 break
         assert closed is not None
-        elements[rows] = closed[0] if mask is None else selected(mask[rows], closed[0], 0)
-    return loss._tally_elements(given, elements.reshape(batch.weighting.shape), by), gradient
+        elements[rows] = closed[0]
+    if mask is not None:
+        elements = selected(mask, elements, 0)
+    return loss._tally_elements(given, elements.view(batch.weighting.shape), by), gradient
 
 
 def added(tallies: Sequence[Tally]) -> Tally:

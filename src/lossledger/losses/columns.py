@@ -53,6 +53,11 @@ def spread(weights: Tensor, blocks: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def folded(weights: Tensor | None) -> Tensor | None:
+    """Weights of entries as `Sums` multiplies with them."""
+    return weights if weights is None or weights.shape[0] % _FOLD else weights.view(-1, _FOLD).t()
+
+
 @dataclass(frozen=True, slots=True)
 class Sums:
     """Σ over the entries of weights × values, by column, over parts.
@@ -64,7 +69,7 @@ class Sums:
         >>> sums = Sums(2)
         >>> _ = sums.add(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
         >>> _ = sums.add(torch.tensor([1.0]), torch.tensor([[5.0, 5.0]]))
-        >>> sums.whole().tolist()
+        >>> wholes({"a": sums})["a"].tolist()
         [12.0, 15.0]
     """
 
@@ -72,17 +77,24 @@ class Sums:
     _parts: list[Tensor] = field(default_factory=list)
 
     def add(self, weights: Tensor | None, values: Tensor) -> Tensor:
-        """Those of a part, `[N]` and `[N, C]`, `None` for ones; returns sums that are finite where all numbers are."""
-        number, fold = values.shape[0], _FOLD if weights is not None else 1 if self.size >= _WIDE else _PLAIN
-        whole = number - number % fold
-        folded = (values if whole == number else values[:whole]).view(-1, fold * self.size)
+        """Those of a part; returns sums that are finite where all numbers are.
+
+        Args:
+            weights: `[N]`, or what `folded` makes of them; `None` for ones.
+            values: `[N, C]`.
+        """
+        number, size = values.shape
         if weights is None:
-            found = folded.sum(0)
+            fold = 1 if size >= _WIDE else _PLAIN
+            whole = number - number % fold
+            found = values[:whole].view(-1, fold * size).sum(0)
+            if whole < number:
+                found[:size] += values[whole:].sum(0)
+        elif weights.ndim == 2:
+            found = torch.mm(weights, values.view(-1, _FOLD * size))
         else:
-            found = torch.mm((weights if whole == number else weights[:whole]).view(-1, fold).t(), folded)
-        if whole < number:
-            rest = values[whole:] if weights is None else values[whole:] * weights[whole:].unsqueeze(-1)
-            found.view(-1)[: self.size] += rest.sum(0)
+            found = values.new_zeros(_FOLD, _FOLD * size)
+            torch.sum(values * weights.unsqueeze(-1), 0, out=found[0, :size])
         self._parts.append(found)
         return found
 
@@ -90,15 +102,23 @@ class Sums:
         """Forget the last part."""
         self._parts.pop()
 
-    def __len__(self) -> int:
-        return len(self._parts)
 
-    def whole(self) -> Tensor:
-        """Those of all parts, `[C]`, in float64."""
-        found = torch.stack(self._parts).sum(0, dtype=torch.float64)
-        if found.ndim == 1:
-            return found.view(-1, self.size).sum(0)
-        return found.view(_FOLD, _FOLD, self.size).diagonal(dim1=0, dim2=1).sum(-1)
+def wholes(sums: dict[str, Sums]) -> dict[str, Tensor]:
+    """The sums over all parts by name, `[C]`, in float64, of those that have any."""
+    found: dict[str, Tensor] = {}
+    for axes in (1, 2):
+        # Those of one shape at once.
+        names = [name for name, one in sums.items() if one._parts and one._parts[0].ndim == axes]
+        if names:
+            size = sums[names[0]].size
+            stacked = torch.stack([part for name in names for part in sums[name]._parts]).double()
+            added = stacked.view(len(names), -1, *stacked.shape[1:]).sum(1)
+            if axes == 1:
+                added = added.view(len(names), -1, size).sum(1)
+            else:
+                added = added.view(len(names), _FOLD, _FOLD, size).diagonal(dim1=1, dim2=2).sum(-1)
+            found |= zip(names, added.unbind(), strict=True)
+    return found
 
 
 def applies(loss: Loss, batch: Aligned, by: By) -> bool:
@@ -160,6 +180,7 @@ def backprop(
         weighting = Weighting(
             (out.shape[0], size), None if mask is None else mask[rows].unsqueeze(-1), _scratch=scratch
         )
+        mine, whole = folded(numerator), folded(total)
         part = Aligned(true[rows], flatly.map(operator.itemgetter(rows)), weighting, given.where)
         for tried in tries(loss, part):
             scratch.take_back(out)
@@ -167,7 +188,7 @@ def backprop(
             if closed is None or closed[0].shape != closed[1].shape:
                 return None
             elements = closed[0]
-            summed = sums["numerator"].add(numerator, elements)
+            summed = sums["numerator"].add(mine, elements)
             if numerator is None and columns is None:
                 torch.mul(closed[1], scale, out=out)
             else:
@@ -180,52 +201,57 @@ def backprop(
         else:
             return None
         if rescale is not None:
-            sums["total"].add(total, elements)
+            sums["total"].add(whole, elements)
         if factor is not None:
             assert total is not None
-            heavy.append(total.sum(dtype=torch.float64))
+            heavy.append(total.sum())
         if split:
             inside = torch.gt(tried.y_true, 0.5, out=scratch.passing(elements))
-            sums["count present"].add(counts, inside)
+            sums["count present"].add(whole if total is counts else folded(counts), inside)
             if factor is not None:
-                sums["weight present"].add(total, inside)
+                sums["weight present"].add(whole, inside)
             inside.mul_(elements)
-            sums["numerator present"].add(numerator, inside)
+            sums["numerator present"].add(mine, inside)
             if rescale is not None:
-                sums["total present"].add(total, inside)
-    found = {name: one.whole() for name, one in sums.items() if one}
-    return _tally(loss, batch, found, torch.stack(heavy).sum() if heavy else None, by)
+                sums["total present"].add(whole, inside)
+    return _tally(loss, batch, wholes(sums), torch.stack(heavy).double().sum() if heavy else None, by)
 
 
 def _tally(loss: Loss, batch: Aligned, sums: dict[str, Tensor], heavy: Tensor | None, by: By) -> Tally:
     """From the sums by column, without the weights of columns; what is missing is another one again."""
     weights, like, divides = batch.weighting, batch.given.prediction.raw.dtype, loss.divisor_aligned(batch)
     size, count = weights.shape[-1], weights.count()
-    each = torch.as_tensor(count).div(size, rounding_mode="floor").expand(size)
-    columns = None if weights.columns is None else weights.columns.double()
+    each = (
+        (torch.tensor(float(count), dtype=torch.float64) if isinstance(count, int) else count)
+        .double()
+        .div(size)
+        .expand(size)
+    )
+    plain = heavy is None and weights.columns is None
 
-    def rows(end: str, count: Tensor, weight: Tensor) -> list[Tensor]:
+    def rows(end: str, count: Tensor, weight: Tensor) -> Tensor:
         numerator = sums["numerator" + end]
-        made = [numerator, sums.get("total" + end, numerator), count, weight]
-        return made if columns is None else [v if v is count and i == 2 else v * columns for i, v in enumerate(made)]
+        found = torch.stack((numerator, sums.get("total" + end, numerator), weight, count))
+        if weights.columns is not None:
+            found[:3] *= weights.columns.double()
+        return found
 
-    whole = rows("", each, each if heavy is None else heavy.expand(size))
-    plain = heavy is None and columns is None
+    found = rows("", each, each if heavy is None else heavy.expand(size))
+    numerator, weight = found[0].sum().to(like), found[2].sum()
     groups = None
     if by is not None:
-        made, keys = whole, grouping.keys_of(size)
+        keys = grouping.keys_of(size)
         if "count present" in sums:
             counted = sums["count present"]
             there = rows(" present", counted, sums.get("weight present", counted))
-            made = [torch.cat((one, other - one)) for one, other in zip(there, whole, strict=True)]
-            keys = grouping.keys_of(size, ("present", "absent"))
-        of_weight = torch.int64 if plain else like
-        groups = Groups(str(by), keys, made[0].to(like), made[1].to(like), made[2].long(), made[3].to(of_weight))
+            found, keys = torch.cat((there, found - there), 1), grouping.keys_of(size, ("present", "absent"))
+        numbers, counts = found[:3].to(like), found[3].long()
+        groups = Groups(str(by), keys, numbers[0], numbers[1], counts, counts if plain else numbers[2])
     return Tally(
-        whole[0].sum().to(like),
+        numerator,
         divides.divisor,
         count,
-        count if plain else whole[3].sum(),
+        count if plain else weight,
         offset=divides.offset,
         nonfinite=torch.zeros((), dtype=torch.int64),
         groups=groups,
