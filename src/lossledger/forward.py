@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossledger.errors import InputError
+from lossledger.batch import leaves, map_structure
+from lossledger.errors import InputError, LossledgerError
 from lossledger.objective import Objective, collecting, with_added
+from lossledger.values import shape_of
 
 Call = Callable[[Any], Any]
 """Calls a model with the inputs of a batch."""
@@ -186,5 +188,29 @@ def run_forward(call: Call, x: Any, autocast: torch.dtype | None, device: str) -
     """What the model returns, with the losses that its modules added."""
     context = torch.autocast(device, autocast) if autocast is not None else contextlib.nullcontext()
     with collecting() as added, context:
-        outputs = call(x)
+        try:
+            outputs = call(x)
+        except Exception as error:
+            if not isinstance(error, LossledgerError):
+                error.add_note(_note(error, x))
+            raise
     return with_added(outputs, added) if added else outputs
+
+
+def _note(error: Exception, x: Any) -> str:
+    """What a model was called with that failed, for the end of its own traceback."""
+    given = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
+    sentences = [f"This is an error of the model, which lossledger called with {map_structure(_form, x)}."]
+    if any(leaf.shape[:1] == (2,) for leaf in given):
+        sentences.append("What its outputs look like is asked once, with two samples.")
+    if any(leaf.shape[:1] == (1,) for leaf in given) and "more than 1 value per channel" in str(error):
+        sentences.append("Batch norm cannot train on one sample: choose a batch_size that leaves another last batch.")
+    if "type" in str(error) and not all(leaf.is_floating_point() for leaf in given):
+        sentences.append("Whole numbers stay what they are: convert those to calculate with to float32.")
+    elif "type" in str(error):
+        sentences.append("Tensors keep their dtype; floating NumPy arrays take that of the model.")
+    return " ".join(sentences)
+
+
+def _form(leaf: Any) -> str:
+    return f"{leaf.dtype} {shape_of(leaf)}" if isinstance(leaf, Tensor) else type(leaf).__name__
