@@ -311,6 +311,27 @@ def test_what_counts_and_is_not_finite_stays_where_it_is(bad, one_hot, large):
         assert torch.allclose(pulled, gradient, equal_nan=True) and int(found.nonfinite) == int(tally.nonfinite)
 
 
+@pytest.mark.parametrize("by", [None, "class", "column", "sample", AndSamples("class")])
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_several_terms_of_one_masked_output(by, reproducible, large):
+    """One that is calculated with whatever masked elements hold, one that is not, and a ratio."""
+    y, p = (torch.rand(13, 4, 3) < 0.4).double(), torch.randn(13, 4, 3).double().requires_grad_()
+    w, m = torch.rand(13).double(), torch.rand(13, 4) < 0.7
+    binary, focal = ll.losses.BinaryCrossentropy(from_logits=True), ll.losses.BinaryFocalCrossentropy(from_logits=True)
+    loss = binary + 0.5 * focal + ll.losses.Dice(from_logits="sigmoid", axis=(1, 2))
+    objective = ll.Objective(loss, class_weight=[1.0, 2.0, 3.0], reproducible=reproducible)
+    kind = by if by != "column" or not reproducible else None
+    plain = objective.backprop(y, p, w, m, kind)
+    y[~m] = float("nan")
+    with torch.no_grad():
+        p[~m] = float("inf")
+    large()
+    found = objective.backprop(y, p, w, m, kind)
+    assert close(found.gradients[0], plain.gradients[0])
+    for name, tally in plain.tallies.items():
+        assert close(found.tallies[name].value, tally.value) and close(found.tallies[name].count, tally.count)
+
+
 def test_masked_elements_are_replaced_when_they_are_read_and_not_before(large):
     y, p, m = torch.rand(13, 4, 3), torch.full((13, 4, 3), float("nan")), torch.zeros(13, 4, dtype=torch.bool)
     loss = ll.losses.BinaryCrossentropy(from_logits=True)

@@ -136,6 +136,7 @@ class Weighting:
         mask: bool, broadcastable to `shape`, `True` where an element counts; `None` when all do.
         given: float, broadcastable to `shape`, a factor of the weight; `None` when all are 1.
         columns: `[C]`, the other factor: the weights of classes that have a column each; `None` when all are 1.
+        labels: the class of each entry, where its weight hung on it.
 
     Example:
         >>> w = weighting((2, 3), 1, mask=torch.tensor([[1, 1, 0], [1, 0, 0]]))
@@ -148,6 +149,7 @@ class Weighting:
     given: Tensor | None = None
     _scratch: Scratch | None = field(default=None, repr=False)
     columns: Tensor | None = None
+    labels: Tensor | None = field(default=None, repr=False)
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property

@@ -7,6 +7,7 @@ Formulas and defaults are those of keras.losses 3.15; each docstring says where 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -249,11 +250,18 @@ class CategoricalCrossentropy(_CrossEntropy):
         return torch.where(outside, torch.nan, elements)
 
     def _labels(self, batch: Aligned) -> tuple[int, Tensor]:
-        return batch.y_true.shape[-1], largest(batch.y_true)
+        known = batch.weighting.labels
+        return batch.given.y_true.shape[-1], largest(batch.y_true) if known is None else known
 
-    def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
-        vector = class_vector(class_weight, y_true.shape[-1], where=where).to(y_true.device, non_blocking=True)
-        return vector[largest(y_true)].unsqueeze(-1)
+    def _weighting(self, shape: tuple[int, ...], y_true: Tensor, y_pred: Tensor, given: Late, where: str) -> Weighting:
+        if given.class_weight is None:
+            return super()._weighting(shape, y_true, y_pred, given, where)
+        found = super()._weighting(shape, y_true, y_pred, replace(given, class_weight=None), where)
+        # To look for them is a pass over the targets, and groups need them again.
+        labels = largest(y_true)
+        vector = class_vector(given.class_weight, y_true.shape[-1], where=where).to(y_true, non_blocking=True)
+        weight = vector[labels].unsqueeze(-1)
+        return replace(found, given=weight if found.given is None else found.given * weight, labels=labels)
 
 
 def normalised(p: Tensor) -> Tensor:
