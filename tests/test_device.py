@@ -335,9 +335,9 @@ def test_a_run_is_resumed_on_a_device(tmp_path):
             if batch == 3:
                 raise KeyboardInterrupt
 
-    def fit(folder, *callbacks):
+    def fit(folder, place, *callbacks):
         torch.manual_seed(3)
-        model = ll.Model(placed(columns()))
+        model = ll.Model(place(columns()))
         model.compile("rmsprop", BCE, metrics=["MAE"])
         given = {"epochs": 2, "verbose": 0, "seed": 1, "samples": True, "callbacks": callbacks}
         return model.fit(X, Y, BATCH, run_dir=tmp_path / folder, resume=True, **given).history
@@ -345,8 +345,38 @@ def test_a_run_is_resumed_on_a_device(tmp_path):
     often = ll.callbacks.BackupAndRestore(save_freq=1)
     with pretended.device():
         with pytest.raises(KeyboardInterrupt):
-            fit("killed", Stop(), often)
-        assert fit("killed", often) == fit("whole", often)
+            fit("killed", placed, Stop(), often)
+        assert fit("killed", placed, often) == fit("whole", placed, often)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "adagrad", "sgd"])
+@pytest.mark.parametrize(("first", "then"), [(placed, nn.Module.cpu), (nn.Module.cpu, placed)], ids=["device", "host"])
+def test_a_run_goes_on_where_there_is_another_device(tmp_path, optimizer, first, then):
+    """What a checkpoint says of kernels and of counters of steps was for another device."""
+    with pretended.device():
+        fit_in(tmp_path, first, optimizer, 2)
+        found = fit_in(tmp_path, then, optimizer, 4)
+    alike(found, fit_in(tmp_path / "whole", nn.Module.cpu, optimizer, 4))
+
+
+def fit_in(folder, place, optimizer, epochs, *callbacks):
+    torch.manual_seed(3)
+    model = ll.Model(place(columns()))
+    model.compile(optimizer, BCE)
+    given = {"verbose": 0, "seed": 1, "callbacks": callbacks, "run_dir": folder, "resume": True}
+    return model.fit(X, Y, BATCH, epochs, **given).history["loss"]
+
+
+def test_a_model_may_be_moved_before_its_first_step():
+    """Counters on the device, where torch finds none, would stop the first step."""
+    net = columns()
+    optimizer = torch.optim.RMSprop(net.parameters())
+    gate = Gate(net, optimizer, tuple(net.parameters()), ())
+    optimizer.param_groups[0]["capturable"] = True
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    gate.step(torch.tensor(False))
+    assert all(state["step"] == 1 for state in optimizer.state.values())
 
 
 def test_a_gap_is_measured_on_a_device():

@@ -53,7 +53,10 @@ def as_whole(part: Tensor, like: Any) -> Tensor:
 
 
 def divided_state(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """The state of an optimizer, each tensor divided as its parameter is; counters of steps have another shape."""
+    """The state of an optimizer, each tensor divided as its parameter is; counters of steps have another shape.
+
+    Which kernels update, and where steps are counted, is up to the devices of this run, not to those of the saved one.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def divided(value: Any, like: Tensor) -> Any:
@@ -63,4 +66,8 @@ def divided_state(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, A
         index: {name: divided(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
-    return {**state, "state": own}
+    groups = [
+        saved | {name: group[name] for name in ("fused", "capturable") if name in group and name in saved}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {**state, "state": own, "param_groups": groups}

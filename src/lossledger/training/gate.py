@@ -88,6 +88,8 @@ class Gate:
             self._fused.forget()
 
     def _step_and_restore(self, bad: Tensor) -> None:
+        # The model may have been moved since.
+        count_on_device(self._optimizer)
         before = [t.detach().clone() for t in self._changing()]
         for parameter in self._parameters:
             # State that this very step makes has nothing to go back to: it must at least be finite.
@@ -135,12 +137,13 @@ def count_on_device(optimizer: Optimizer) -> None:
 
     On the host, where torch leaves them, a flag on the device would have to be read before one is put back.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if optimizer.state or not all(p.device.type == "cuda" and local(p) is p for p in parameters):
+    if optimizer.state:
         return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    on_device = all(p.device.type == "cuda" and local(p) is p for p in parameters)
     for group in optimizer.param_groups:
         if "capturable" in group and not (group.get("fused") or group.get("differentiable")):
-            group["capturable"] = True
+            group["capturable"] = on_device
 
 
 def bad_elements(tallies: dict[str, Tally]) -> Tensor:
