@@ -26,18 +26,19 @@ BATCH = 16
 OFF, CLASS, SAMPLES = "no groups", "ledger by class", "ledger by class and samples"
 
 
-def contender(x: torch.Tensor, y: torch.Tensor, by: str | None, samples: bool) -> Callable[[], None]:
+def contender(x: torch.Tensor, y: torch.Tensor, groups: bool, samples: bool) -> Callable[[], None]:
     torch.manual_seed(0)
     model = ll.Model(UNet().to(x.device))
     loss = ll.losses.BinaryCrossentropy(from_logits=True) + ll.losses.Dice(axis=(0, 1, 2), from_logits="sigmoid")
     model.compile(lambda p: torch.optim.Adam(p, lr=1e-3, fused=True), loss)
+    whole = loop.train_epoch
+
+    def without(plan, windows, data, options, *rest):
+        return whole(plan, windows, data, replace(options, by=None), *rest)
 
     def run() -> None:
-        # The one way to train without groups: `fit` itself always keeps them.
-        whole = loop.train_epoch
-        loop.train_epoch = lambda plan, windows, data, options, *rest: whole(
-            plan, windows, data, replace(options, by=by), *rest
-        )
+        # The one way to train without groups: `fit` itself always keeps them, and knows best how.
+        loop.train_epoch = whole if groups else without
         try:
             model.fit(x, y, batch_size=BATCH, verbose=0, samples=samples, checks="off", seed=0)
         finally:
@@ -51,9 +52,9 @@ def measure(repeats: int, batches: int, device: str) -> dict[str, list[float]]:
     scenes = make_scenes(BATCH * batches, 64)
     x, y = torch.from_numpy(scenes.images).to(device), torch.from_numpy(scenes.masks).to(device)
     contenders = {
-        OFF: contender(x, y, None, False),
-        CLASS: contender(x, y, "class", False),
-        SAMPLES: contender(x, y, "class", True),
+        OFF: contender(x, y, False, False),
+        CLASS: contender(x, y, True, False),
+        SAMPLES: contender(x, y, True, True),
     }
     return interleaved(contenders, repeats, batches, device)
 
