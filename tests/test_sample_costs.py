@@ -129,10 +129,60 @@ def test_measures_in_parts_are_those_of_loops_in_numpy(name, given, large):
             assert np.isclose(float(numbers[sample]), mean, rtol=1e-10 if kind != "correct" else 1e-6, atol=1e-12), kind
 
 
+COLUMNS = {
+    "binary": lambda: L.BinaryCrossentropy(from_logits=True),
+    "by weight": lambda: L.BinaryCrossentropy(from_logits=True, reduction="mean_with_sample_weight"),
+    "per sample": lambda: L.BinaryCrossentropy(from_logits=True, reduction="mean_per_sample"),
+    "squared hinge": lambda: L.SquaredHinge(),
+    "absolute error": lambda: L.MeanAbsoluteError(),
+}
+
+
+@pytest.mark.parametrize("poison", [None, float("nan"), float("inf")])
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("name", COLUMNS)
+def test_samples_beside_columns_change_nothing_and_are_those_of_a_tally(name, given, poison, large, monkeypatch):
+    y, p, w, m, classes = arrays(given, 2)
+    loss, clean = COLUMNS[name](), p.clone()
+    classes = classes if loss.classes_are == "column" else None
+    if poison is not None:
+        if m is None:
+            pytest.skip("nothing is masked")
+        p[~m] = poison
+    objective = ll.Objective(loss, class_weight=classes)
+    pred = p.requires_grad_()
+    plain = objective.backprop(y, pred, w, m, "class")
+    sampling = Sampling(objective)
+    found = objective.backprop(y, pred, w, m, sampling.by)
+    by = sampling.by
+    groups, batch = by.taken[loss.name]
+    one, other = found.tallies[loss.name], plain.tallies[loss.name]
+    # Larger samples take another way, of whole samples.
+    if SHAPE[1] * SHAPE[2] * SHAPE[3] <= backward.PART:
+        assert torch.equal(found.gradients[0], plain.gradients[0])
+        assert torch.equal(one.numerator, other.numerator)
+        assert torch.equal(one.groups.numerator, other.groups.numerator)
+    assert close(found.gradients[0], plain.gradients[0])
+    assert close(one.numerator, other.numerator) and close(one.groups.numerator, other.groups.numerator)
+    seen = by.seen.get(loss.name)
+    assert (seen is None) == (name == "absolute error")
+    monkeypatch.undo()
+    whole = loss.align(y, clean, w, m, classes)
+    expected = loss.tally_aligned(whole, "sample").groups
+    for row in ROWS:
+        assert close(getattr(groups, row).double(), getattr(expected, row).double()), row
+    assert groups.count.dtype == expected.count.dtype and groups.weight.dtype == expected.weight.dtype
+    if seen is not None:
+        told = measures(loss, batch, seen)
+        for kind, numbers in measures(loss, whole).items():
+            # Shares of small outputs are float32.
+            assert torch.allclose(told[kind].double(), numbers.double(), rtol=1e-6 if kind == "correct" else 1e-12)
+
+
 # --- what it costs, by count -----------------------------------------------------------------------------------------
 
 # By what is given: operations that samples add to a step, and passes over the output.
-COSTS = [("nothing", 48, 19), ("mask", 70, 27)]
+COSTS = [("nothing", 54, 20), ("mask", 97, 29)]
 
 
 @pytest.mark.parametrize(("given", "calls", "passes"), COSTS)

@@ -65,7 +65,10 @@ def backprop(loss: Loss, batch: Aligned, window: Tally | None, factor: float, by
 def _in_parts(loss: Loss, batch: Aligned, window: Tally | None, factor: float, by: By) -> tuple[Tally, Tensor] | None:
     """As `backprop`, for a batch whose parts are worth it; `None` for others."""
     raw = batch.given.prediction.raw
+    each = prod(raw.shape[1:])
     by_column = loss.additive and columns.applies(loss, batch, by)
+    if by_column and each > PART and isinstance(by, grouping.AndSamples):
+        by_column = False
     # Ids are numbered for the whole batch; samples that are compared with each other stay together.
     by_sample = loss.additive and not isinstance(by, Tensor) and len(raw) > 1 and raw.numel() >= 2 * PART
     if not (loss.one_element or by_column or by_sample):
@@ -75,7 +78,10 @@ def _in_parts(loss: Loss, batch: Aligned, window: Tally | None, factor: float, b
     if loss.one_element:
         return _by_entries(loss, batch, scale, gradient, by)
     if by_column:
+        # Of whole samples, where they fit: then nothing changes because somebody asks for those.
         length, scratch = _length(raw.numel(), raw.shape[-1]), scratch_of_thread()
+        if each <= PART:
+            length = _length(raw.numel(), each) * (each // raw.shape[-1])
         tally = columns.backprop(loss, batch, length, scale, gradient, by, scratch)
         if tally is not None:
             return tally, gradient
@@ -122,7 +128,7 @@ def multiply(slopes: Tensor, weight: Tensor | None, scale: Any, out: Tensor) -> 
 
 def _by_samples(loss: Loss, batch: Aligned, scale: Any, gradient: Tensor, by: By) -> tuple[Tally, Tensor] | None:
     """Part after part of whole samples; tallies of parts add up to the tally of the batch."""
-    tallies, apart, scratch = [], [], scratch_of_thread()
+    tallies, apart, seen, scratch = [], [], [], scratch_of_thread()
     samples = _length(gradient.numel(), prod(gradient.shape[1:]))
     for start in range(0, gradient.shape[0], samples):
         rows = slice(start, start + samples)
@@ -136,8 +142,12 @@ def _by_samples(loss: Loss, batch: Aligned, scale: Any, gradient: Tensor, by: By
         if isinstance(kind, grouping.AndSamples):
             apart.append(kind.taken[batch.where][0])
         multiply(closed[1], entry_weight(loss, part, closed[1]), scale, gradient[rows])
+        if isinstance(by, grouping.AndSamples) and by.look is not None:
+            # Of the part, its buffers are needed no more.
+            scratch.take_back()
+            seen.append(by.look(part))
     if isinstance(by, grouping.AndSamples):
-        by.taken[batch.where] = _appended(apart), batch
+        by.leave(_appended(apart), batch, seen)
     return added(tallies), gradient
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lossledger.losses import groups as grouping
 from lossledger.losses.aligned import Aligned
+from lossledger.losses.beside import Beside
 from lossledger.tally import Groups, Tally
 from lossledger.values import Scratch
 from lossledger.weighting import Weighting
@@ -123,7 +124,7 @@ def wholes(sums: dict[str, Sums]) -> dict[str, Tensor]:
 
 def applies(loss: Loss, batch: Aligned, by: By) -> bool:
     """Whether elements are those of independent columns, one for each number of the output, and groups are columns."""
-    if isinstance(by, grouping.AndSamples | Tensor):
+    if isinstance(by, Tensor):
         return False
     given = batch.given
     named = by in (None, "column") or (by == "class" and loss.classes_are in ("column", "output"))
@@ -149,7 +150,7 @@ def backprop(
     Args:
         loss: has a closed form.
         batch: see `applies`.
-        length: how many entries make a part.
+        length: how many entries make a part; with `AndSamples`, those of whole samples.
         scale: multiplies the gradient.
         gradient: in the shape of the output.
         by: `None`, `"class"` or `"column"`.
@@ -170,6 +171,7 @@ def backprop(
     blocks = blocks_of(gradient.new_ones(size) if columns is None else columns)
     names = ("numerator", "total", "numerator present", "total present", "count present", "weight present")
     sums, heavy = {name: Sums(size) for name in names}, []
+    beside = Beside(by, loss, batch) if isinstance(by, grouping.AndSamples) else None
     for start in range(0, len(true), length):
         rows = slice(start, start + length)
         out = pulled[rows]
@@ -214,6 +216,10 @@ def backprop(
             sums["numerator present"].add(mine, inside)
             if rescale is not None:
                 sums["total present"].add(whole, inside)
+        if beside is not None:
+            beside.add(tried, elements, (numerator, total, counts), mask is None or tried is not part, scratch)
+    if beside is not None:
+        beside.leave()
     return _tally(loss, batch, wholes(sums), torch.stack(heavy).double().sum() if heavy else None, by)
 
 

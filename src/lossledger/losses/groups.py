@@ -6,7 +6,7 @@ Each function takes weighted elements (`[B, d…, C]`, detached) and returns the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
 
@@ -29,19 +29,29 @@ _NARROW, _FOLD = 64, 64
 class AndSamples(str):
     """A kind of groups, and beside it the groups by sample of the same elements: a step computes them once.
 
-    Losses that sum elements leave in `taken`, by term, the groups and the batch; who wants them takes them out.
+    Losses that sum elements leave in `taken`, by term, the groups and the batch; who wants them takes them out. Where a
+    batch is worked through in parts of whole samples, `look` sees each while it is in the cache, and what it tells of
+    the samples is left in `seen`. Masked outputs may hold anything; where sums are not finite, it sees harmless ones.
 
     >>> AndSamples("class") == "class", AndSamples("class").taken
     (True, {})
     """
 
     taken: dict[str, tuple[Groups, Aligned]]
+    seen: dict[str, dict[str, Tensor]]
+    look: Callable[[Aligned], dict[str, Tensor]] | None
 
     def __new__(cls, kind: str) -> AndSamples:
         """The kind, with nothing taken yet."""
         made = super().__new__(cls, kind)
-        made.taken = {}
+        made.taken, made.seen, made.look = {}, {}, None
         return made
+
+    def leave(self, groups: Groups, batch: Aligned, seen: Sequence[dict[str, Tensor]] = ()) -> None:
+        """Leave the groups by sample of a batch, and what `look` told of its parts, in order."""
+        self.taken[batch.where] = groups, batch
+        if seen and seen[0]:
+            self.seen[batch.where] = {name: torch.cat([one[name] for one in seen]) for name in seen[0]}
 
 
 @lru_cache(64)

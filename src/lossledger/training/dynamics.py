@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from math import prod
 
 import torch
@@ -17,27 +18,41 @@ from lossledger.values import streams
 from lossledger.weighting import Weighting
 
 
-def measures(loss: Loss, batch: Aligned) -> dict[str, Tensor]:
+def look(losses: Mapping[str, Loss], part: Aligned) -> dict[str, Tensor]:
+    """What `measures` begins with, of some samples: sums by sample; nothing of terms that are not measured.
+
+    Args:
+        losses: by term, those that are measured.
+        part: whole samples, aligned.
+    """
+    loss = losses.get(part.where)
+    return {} if loss is None or loss.classes_are != "column" else _column_sums(loss, part)
+
+
+def measures(loss: Loss, batch: Aligned, seen: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """By sample, the mean over its unmasked entries of the confidence, of being right, and of the margin.
 
     Args:
         loss: one whose `classes_are` is "label" (exclusive classes) or "column" (each column yes or no).
         batch: aligned for it.
+        seen: what `look` has told of all of its samples, if it was asked.
 
     Returns:
         `confidence`, the probability of the true class, of losses that read probabilities or logits of them;
         `correct`, the share of entries whose true class has the largest output; `margin`, the logit of the true class
         minus the largest other; and, where a sample has one entry, its `label` and what was `predicted`.
     """
-    return _of_labels(loss, batch) if loss.classes_are == "label" else _of_columns(loss, batch)
+    return _of_labels(loss, batch) if loss.classes_are == "label" else _of_columns(loss, batch, seen)
 
 
-def _of_columns(loss: Loss, batch: Aligned) -> dict[str, Tensor]:
-    raw, weights = batch.prediction.raw, batch.weighting
-    parts = [_column_sums(loss, part) for part in summing.parts_of(batch)]
-    result = _means({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, weights.mask, raw)
+def _of_columns(loss: Loss, batch: Aligned, seen: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    raw, weights = batch.given.prediction.raw, batch.weighting
+    if seen is None:
+        parts = [_column_sums(loss, part) for part in summing.parts_of(batch)]
+        seen = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    result = _means(seen, weights.mask, raw)
     if raw.numel() == len(raw):
-        predicted = raw > (0 if loss.space == "logits" else 0.5)
+        predicted = batch.prediction.raw > (0 if loss.space == "logits" else 0.5)
         result |= {"label": (batch.y_true > 0.5).flatten().long(), "predicted": predicted.flatten().long()}
     return result
 
@@ -50,7 +65,7 @@ def _column_sums(loss: Loss, part: Aligned) -> dict[str, Tensor]:
     sign = present(part.y_true, weights).to(z.dtype).mul_(2).sub_(1)
     inside = Weighting(weights.shape, weights.mask, None, weights._scratch).product_for(z)
     if inside is not None:
-        # Masked outputs are harmless numbers by now.
+        # Masked outputs are finite, or the sums show it.
         sign.mul_(inside)
     margin = sign.mul_(z)
     found = {"margin": _row_sums(margin), "correct": _row_sums(torch.gt(margin, 0, out=weights.passing(margin)))}

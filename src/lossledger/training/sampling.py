@@ -5,6 +5,7 @@ What a batch tells stays on the device as a few numbers a sample; log points bri
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,11 +22,12 @@ from lossledger.errors import InputError, InputTypeError
 from lossledger.ledger.columns import Columns
 from lossledger.ledger.samples import sample_columns, stacked
 from lossledger.losses.groups import AndSamples
+from lossledger.losses.loss import Loss
 from lossledger.losses.ratio import Overlap
 from lossledger.objective import Objective
 from lossledger.tally import Groups, Tally
 from lossledger.training.data import Data, IterableData
-from lossledger.training.dynamics import measures
+from lossledger.training.dynamics import look, measures
 from lossledger.weighting import as_tensor
 
 _SUMS = ("numerator", "total", "count", "weight")
@@ -98,6 +100,7 @@ class Sampling:
         self.by = AndSamples("class")
         self._next = numbers.start
         self._measured = _measured(objective)
+        self.by.look = functools.partial(look, self._measured)
         self._step: list[tuple[Tensor, dict[str, dict[str, Tensor]]]] = []
         self._waiting: list[tuple[Tensor, dict[str, dict[str, Tensor]], Tensor | None]] = []
         self._ids: list[NDArray[np.int64]] = []
@@ -112,9 +115,10 @@ class Sampling:
         """
         objective = self._objective
         taken, self.by.taken = self.by.taken, {}
+        seen, self.by.seen = self.by.seen, {}
         if objective.reproducible:
             # What a step has summed by sample has the bits of its batch.
-            taken = {}
+            taken, seen = {}, {}
         with torch.no_grad():
             if any(plan.name not in taken for plan in objective.terms):
                 aligned, _, _ = objective.align(batch.y, outputs, batch.sample_weight, batch.mask, checked=True)
@@ -122,7 +126,7 @@ class Sampling:
                     groups = None if plan.name in taken else objective.by_sample(plan, one).groups
                     if groups is not None:
                         taken[plan.name] = groups, one
-            size = next(iter(taken.values()))[1].prediction.raw.shape[0]
+            size = next(iter(taken.values()))[1].given.prediction.raw.shape[0]
             ids = self._ids_of(batch, size)
             found: dict[str, dict[str, Tensor]] = {}
             for plan in objective.terms:
@@ -130,7 +134,9 @@ class Sampling:
                 cells = len(groups) // size
                 self._cells[plan.name] = cells if groups.cell is not None else 0
                 rows = {name: getattr(groups, name).reshape(size, cells) for name in _SUMS}
-                found[plan.name] = rows if plan.name not in self._measured else rows | measures(plan.loss, one)
+                if plan.name in self._measured:
+                    rows |= measures(plan.loss, one, seen.get(plan.name))
+                found[plan.name] = rows
         self._step.append((ids, found))
 
     def _ids_of(self, batch: Batch, size: int) -> Tensor:
@@ -254,11 +260,11 @@ def _left_out(waiting: list[tuple[Tensor, Any, Tensor | None]]) -> NDArray[np.bo
 # --- what training dynamics need -----------------------------------------------------------------------------------
 
 
-def _measured(objective: Objective) -> frozenset[str]:
+def _measured(objective: Objective) -> dict[str, Loss]:
     """The first term of each output that tells classes apart entry by entry."""
-    first: dict[str, str] = {}
+    first: dict[str, tuple[str, Loss]] = {}
     for plan in objective.terms:
         loss = plan.loss
         if loss.classes_are in ("label", "column") and loss.space is not None and not isinstance(loss, Overlap):
-            first.setdefault(plan.output, plan.name)
-    return frozenset(first.values())
+            first.setdefault(plan.output, (plan.name, loss))
+    return dict(first.values())
