@@ -202,21 +202,27 @@ def outside_probabilities(y_pred: Tensor) -> Tensor:
     return (y_pred < -PROBABILITY_SLACK) | (y_pred > 1 + PROBABILITY_SLACK)
 
 
-def check_probabilities(y_pred: Tensor, where: str) -> None:
+def check_probabilities(y_pred: Tensor, where: str, of_logits: str = "use from_logits=True") -> None:
     """Probabilities are in [0, 1]; reads values, so it is not for the step of a training loop.
 
+    Args:
+        y_pred: predictions.
+        where: beginning of the error.
+        of_logits: what to do where they are logits.
+
     Raises:
-        InputError: a value outside, with the remedy `from_logits`.
+        InputError: a value outside, with that remedy.
     """
     y_pred = unwrapped(y_pred.detach())
     # What is repeated without memory is looked at once.
     y_pred = y_pred[tuple(slice(1) if step == 0 else slice(None) for step in y_pred.stride())]
     bad = outside_probabilities(y_pred)
     if bool(bad.any()):
+        given = "with from_logits=False " if "from_logits" in of_logits else ""
         raise InputError(
-            f"{where}: with from_logits=False predictions must be probabilities in [0, 1]; received "
+            f"{where}: {given}predictions must be probabilities in [0, 1]; received "
             f"{float(y_pred[bad][0]):g} ({int(bad.sum())} outside in all). If the model has no sigmoid or softmax at "
-            "its end, use from_logits=True."
+            f"its end, {of_logits}."
         )
 
 

@@ -38,6 +38,9 @@ EPSILON = 1e-7
 class _CrossEntropy(ElementLoss):
     """Arguments and checks that all cross-entropies share."""
 
+    # What an error says to do about logits that were taken for probabilities.
+    _of_logits: ClassVar[str] = "use from_logits=True"
+
     def __init__(
         self,
         from_logits: bool,
@@ -70,7 +73,7 @@ class _CrossEntropy(ElementLoss):
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         if not self.from_logits:
-            check_probabilities(y_pred, where)
+            check_probabilities(y_pred, where, self._of_logits)
         check_targets(y_true, where)
 
     def _safe(self, y_true: Tensor, y_pred: Tensor, weights: Weighting) -> tuple[Tensor, Tensor]:
@@ -404,7 +407,7 @@ class IntegerLabels(_CrossEntropy):
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         if not self.from_logits:
-            check_probabilities(y_pred, where)
+            check_probabilities(y_pred, where, self._of_logits)
         check_labels(y_true, self._classes(y_pred), where)
 
     def _labels(self, batch: Aligned) -> tuple[int, Tensor]:

@@ -213,7 +213,7 @@ class TorchLoss(Loss):
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         if isinstance(self.module, nn.BCELoss):
-            check_probabilities(y_pred, where)
+            check_probabilities(y_pred, where, "use torch.nn.BCEWithLogitsLoss")
         if self._indexed(y_true):
             check_labels(y_true, y_pred.shape[1], where)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,8 @@ class KLDivergence(CategoricalCrossentropy):
 
     Source: keras.losses.KLDivergence 3.15.
     """
+
+    _of_logits: ClassVar[str] = "give it one: the loss takes no logits"
 
     def __init__(
         self,
@@ -87,6 +91,8 @@ class CategoricalGeneralizedCrossEntropy(SparseCategoricalCrossentropy):
     Source: Zhang and Sabuncu 2018; keras.losses.CategoricalGeneralizedCrossEntropy 3.15 (which compares every label
         with every sample where labels are `[B, 1]`; ours reads them as `[B]`).
     """
+
+    _of_logits: ClassVar[str] = "give it one: the loss takes no logits"
 
     def __init__(
         self,

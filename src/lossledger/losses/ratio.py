@@ -139,7 +139,7 @@ class Overlap(ElementLoss):
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         if not self.from_logits:
-            check_probabilities(y_pred, where)
+            check_probabilities(y_pred, where, "use from_logits='sigmoid' or 'softmax'")
         check_targets(y_true, where)
 
     def _reduced(self, rank: int) -> tuple[int, ...]:
