@@ -311,6 +311,33 @@ def test_what_counts_and_is_not_finite_stays_where_it_is(bad, one_hot, large):
         assert torch.allclose(pulled, gradient, equal_nan=True) and int(found.nonfinite) == int(tally.nonfinite)
 
 
+@pytest.mark.parametrize("kind", ["binary", "labels", "one-hot"])
+@pytest.mark.parametrize("holds", ["numbers", "NaN"])
+def test_what_is_masked_is_made_safe_where_it_must_be(kind, holds, large, monkeypatch):
+    """Once a part had to be, the following ones are so at once."""
+    y, p, m = torch.randint(3, (13, 4)), torch.randn(13, 4, 3).double(), torch.rand(13, 4) < 0.7
+    m[0, 0] = m[12, 3] = False
+    exclusive = ll.losses.CategoricalCrossentropy if kind == "one-hot" else ll.losses.SparseCategoricalCrossentropy
+    loss = (ll.losses.BinaryCrossentropy if kind == "binary" else exclusive)(from_logits=True)
+    if holds == "NaN":
+        p[~m] = float("nan")
+    calls = {name: [] for name in ("_slopes", "_safe")}
+    for name, seen in calls.items():
+        original = getattr(type(loss), name)
+
+        def counted(self, *given, original=original, seen=seen):
+            seen.append(len(given))
+            return original(self, *given)
+
+        monkeypatch.setattr(type(loss), name, counted)
+    large()
+    monkeypatch.setattr(backward, "PART", 39)
+    batch = loss.align(y if kind == "labels" else torch.eye(3).double()[y], p, mask=m, checked=True)
+    loss.backprop_aligned(batch, None, 1.0, "class")
+    tries, safe = len(calls["_slopes"]), len(calls["_safe"])
+    assert (safe == 0 and tries > 1) if holds == "numbers" else safe == tries - 1 > 1
+
+
 @pytest.mark.parametrize("by", [None, "class", "column", "sample", AndSamples("class")])
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_several_terms_of_one_masked_output(by, reproducible, large):

@@ -235,8 +235,10 @@ class Weighting:
         if statistic is None:
             return size
         repeats = size // statistic.numel() if statistic.numel() else 0
-        kind = torch.int64 if statistic.dtype == torch.bool else torch.float64
-        total = statistic.sum(dtype=kind)
+        if statistic.dtype != torch.bool:
+            total = statistic.sum(dtype=torch.float64)
+        else:
+            total = torch.count_nonzero(statistic) if streams(statistic) else statistic.sum()
         return total if repeats == 1 else total * repeats
 
     def select(self, values: Tensor, safe: float) -> Tensor:

@@ -165,13 +165,13 @@ def _by_entries(loss: Loss, batch: Aligned, scale: Any, gradient: Tensor, by: By
     scratch = scratch_of_thread()
     flat = given.prediction.map(lambda values: values.reshape(-1, classes))
     # Beside the gradient, which is written to where it stays, one buffer at most: parts are twice as large.
-    entries = _length(slopes.numel(), 2 * classes) * 2
+    entries, safe = _length(slopes.numel(), 2 * classes) * 2, False
     for start in range(0, slopes.shape[0], entries):
         rows = slice(start, start + entries)
         out, prediction = slopes[rows], flat.map(operator.itemgetter(rows))
         weighting = Weighting((out.shape[0], 1), None if mask is None else mask[rows], _scratch=scratch)
         part = Aligned(true[rows], prediction, weighting, given.where, column_weight=given.column_weight)
-        for tried in columns.tries(loss, part):
+        for tried in columns.tries(loss, part, safe):
             scratch.take_back(out)
             closed = loss._slopes(tried)
             if closed is None:
@@ -181,7 +181,7 @@ def _by_entries(loss: Loss, batch: Aligned, scale: Any, gradient: Tensor, by: By
             if mask is None or isfinite(float(out.sum())):
                 break
         assert closed is not None
-        elements[rows] = closed[0]
+        elements[rows], safe = closed[0], tried is not part
     if mask is not None:
         elements = selected(mask, elements, 0)
     return loss._tally_elements(given, elements.view(batch.weighting.shape), by), gradient

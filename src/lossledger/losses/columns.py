@@ -135,10 +135,12 @@ def applies(loss: Loss, batch: Aligned, by: By) -> bool:
     return given.y_true.is_contiguous() and given.prediction.raw.is_contiguous() and all(by_entry)
 
 
-def tries(loss: Loss, part: Aligned) -> Iterator[Aligned]:
-    """A part as it is, then without what masked elements hold."""
-    yield part
-    if part.weighting.mask is not None:
+def tries(loss: Loss, part: Aligned, safe: bool) -> Iterator[Aligned]:
+    """A part as it is, if not even the part before had to be made safe; then without what masked elements hold."""
+    masked = part.weighting.mask is not None
+    if not (safe and masked):
+        yield part
+    if masked:
         yield part.made_safe(loss._safe)
 
 
@@ -170,9 +172,9 @@ def backprop(
     split = by == "class" and loss.classes_are == "column"
     blocks = blocks_of(gradient.new_ones(size) if columns is None else columns)
     names = ("numerator", "total", "numerator present", "total present", "count present", "weight present")
-    sums, heavy = {name: Sums(size) for name in names}, []
+    sums, heavy, safe = {name: Sums(size) for name in names}, [], False
     beside = Beside(by, loss, batch) if isinstance(by, grouping.AndSamples) else None
-    for start in range(0, len(true), length):
+    for start in range(0, true.shape[0], length):
         rows = slice(start, start + length)
         out = pulled[rows]
         # A masked weight that is NaN stays NaN here, and is found in the sums.
@@ -184,7 +186,7 @@ def backprop(
         )
         mine, whole = folded(numerator), folded(total)
         part = Aligned(true[rows], flatly.map(operator.itemgetter(rows)), weighting, given.where)
-        for tried in tries(loss, part):
+        for tried in tries(loss, part, safe):
             scratch.take_back(out)
             closed = loss._slopes(tried)
             if closed is None or closed[0].shape != closed[1].shape:
@@ -194,7 +196,7 @@ def backprop(
             if numerator is None and columns is None:
                 torch.mul(closed[1], scale, out=out)
             else:
-                pull = (elements.new_ones(len(elements)) if numerator is None else numerator) * scale
+                pull = (elements.new_ones(elements.shape[0]) if numerator is None else numerator) * scale
                 torch.mul(closed[1], spread(pull, blocks, scratch.passing(elements)), out=out)
             # A number of the processor is read without waiting. Elements can be finite where derivatives are not.
             if isfinite(float(summed.sum())) and (mask is None or isfinite(float(out.sum()))):
@@ -202,6 +204,7 @@ def backprop(
             sums["numerator"].drop()
         else:
             return None
+        safe = tried is not part
         if rescale is not None:
             sums["total"].add(whole, elements)
         if factor is not None:
