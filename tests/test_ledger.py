@@ -147,6 +147,8 @@ def test_unknown_and_clashing_dimensions() -> None:
         ledger.table(by=["epcoh"])
     with pytest.raises(UnknownNameError, match="dimension"):
         ledger.table(by=["term"], total=3)
+    with pytest.raises(UnknownNameError, match=r"split.*'training'.*received 'train'"):
+        ledger.table(by=["term"], split=["train", "test"])
     with pytest.raises(InputError, match="one kind at a time"):
         ledger.table(by=["class", "sample"])
     with pytest.raises(InputError, match="once"):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas
     from numpy.typing import NDArray
 
+SPLITS = ("training", "validation", "test")
 SCOPE = ("run", "split", "epoch", "step")
 ROW_DIMENSIONS = (*SCOPE, "term", "role", "presence")
 GROUP_KINDS = ("class", "column", "label", "sample")
@@ -39,7 +40,7 @@ SHORTEST_NAME = 10
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
 
 _FIXED_ORDER = {
-    "split": {"training": 0, "validation": 1, "test": 2},
+    "split": {name: position for position, name in enumerate(SPLITS)},
     "presence": {"present": 0, "absent": 1},
 }
 
@@ -163,10 +164,13 @@ def roll_up(records: Columns, by: Sequence[str], where: Mapping[str, Any]) -> Ta
         where: accepted value, or collection of values, by dimension.
 
     Raises:
-        UnknownNameError: a dimension that the ledger does not have.
+        UnknownNameError: a dimension or a split that no ledger has.
         InputError: two group kinds at once, or a dimension twice.
     """
     kind = _group_kind(records, by, where)
+    for split in _accepted(where.get("split", SPLITS)):
+        if split not in SPLITS:
+            raise UnknownNameError("split", split, SPLITS)
     with_step = "step" in by or "step" in where
     level = records["step"].among((None,)) ^ with_step
     accepted = {name: records[_column(name, kind)].among(_accepted(value)) for name, value in where.items()}
