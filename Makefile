@@ -40,8 +40,8 @@ QUICK := $(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dis
 test: $(VENV)/.dev
 	$(QUICK)
 
-# The demo at full size with its effect, and thousands of random cases against the installed Keras, tf_keras, torch
-# and optax.
+# The demo at full size with its effect, every loss and step on a pretended device, and thousands of random cases
+# against the installed Keras, tf_keras, torch and optax.
 test-slow: $(VENV)/.live
 	$(BIN)/python -m pytest -m slow
 
