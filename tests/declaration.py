@@ -71,7 +71,7 @@ class Declaration:
         loss = self.make()
         found = [*EVERYWHERE, *self.mistakes]
         if getattr(loss, "space", None) == "probabilities":
-            found += PROBABILITIES
+            found += probabilities("from_logits" if "from_logits" in loss.get_config() else "takes no logits")
         # A loss of the caller's own judges by itself which shapes and values go together.
         if isinstance(loss, ElementLoss):
             found += [*OUTPUTS, *BY_TARGET.get(inputs.TARGETS.get(self.inputs), ())]
@@ -135,10 +135,14 @@ OUTPUTS = (
     Mistake("scalars", lambda loss, y, p: loss(1.0, 0.5), InputError, ("batch",)),
 )
 
-PROBABILITIES = (
-    Mistake("above-1", lambda loss, y, p: loss(y, with_first(p, 3)), InputError, ("[0, 1]", "3", "from_logits")),
-    Mistake("below-0", lambda loss, y, p: loss(y, with_first(p, -1)), InputError, ("[0, 1]", "-1", "from_logits")),
-)
+
+def probabilities(remedy: str) -> list[Mistake]:
+    """What a loss of probabilities refuses, with the remedy that this loss has for logits."""
+    return [
+        Mistake("above-1", lambda loss, y, p: loss(y, with_first(p, 3)), InputError, ("[0, 1]", "3", remedy)),
+        Mistake("below-0", lambda loss, y, p: loss(y, with_first(p, -1)), InputError, ("[0, 1]", "-1", remedy)),
+    ]
+
 
 POSITIONS = Mistake("fewer-positions", lambda loss, y, p: loss(y[:, :-1], p), InputError, ("y_true", "same shape"))
 
