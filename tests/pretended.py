@@ -259,17 +259,23 @@ def _grouped(of: Any) -> Any:
 
 @contextlib.contextmanager
 def device() -> Iterator[torch.device]:
-    """The pretended device is there."""
+    """The pretended device is there, for the process and this thread."""
     of = torch._C._group_tensors_by_device_and_dtype
     with (
         mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped(of)),
         # Random numbers are those of the processor.
         mock.patch.object(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
         mock.patch.object(torch.cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state)),
-        _Numbers(),
-        Device(),
+        of_thread(),
     ):
         yield DEVICE
+
+
+@contextlib.contextmanager
+def of_thread() -> Iterator[None]:
+    """A further thread sees the device that is there for the process: patches of several would undo each other."""
+    with _Numbers(), Device():
+        yield
 
 
 def set_unread(strict: bool) -> bool:

@@ -279,11 +279,10 @@ def test_counts_of_ranks_stay_on_the_device(make):
         nets = [small_net(move, norm=False) for _ in range(2)]
 
         def rank(group):
-            # What is pretended is so for one thread.
-            with pretended.device() if move is moved else contextlib.nullcontext():
+            with pretended.of_thread() if move is moved else contextlib.nullcontext():
                 return windowed(make(), move(batches_of_window())[group.rank :: 2], nets[group.rank], group)
 
-        with windows_take_threads():
+        with pretended.device() if move is moved else contextlib.nullcontext(), windows_take_threads():
             return [value for one in on_threads(2, rank) for value in one]
 
     expected = run(lambda value: value)

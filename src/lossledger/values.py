@@ -50,6 +50,23 @@ def streams(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and unwrapped(tensor) is tensor
 
 
+# Rows of so few columns are put side by side, so many, before they are summed.
+_NARROW, _FOLD = 64, 64
+
+
+def sum_rows(values: Tensor) -> Tensor:
+    """Σ over the second last axis.
+
+    >>> sum_rows(torch.ones(2, 3, 4)).tolist()
+    [[3.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]]
+    """
+    *before, length, columns = values.shape
+    if columns <= _NARROW and length % _FOLD == 0 and streams(values):
+        # Long rows add up several times faster than short ones.
+        values = values.reshape(*before, -1, _FOLD * columns).sum(-2).reshape(*before, _FOLD, columns)
+    return values.sum(-2)
+
+
 def largest(y_true: Tensor) -> Tensor:
     """`argmax` over the class axis."""
     # On a processor `max` finds the same place in a third of the time.

@@ -28,8 +28,9 @@ from lossledger.weighting import Weighting
 if TYPE_CHECKING:
     from lossledger.losses.loss import By, Loss
 
-# Numbers of a part: half a dozen buffers of them, shared by two cores, fit in caches of 2 MB.
-PART = 2**17
+# Numbers of a part, of large batches of twice as many: the half a dozen tensors of a part fit in the cache that cores
+# share, and its buffers are small beside the gradient. Smaller ones would cost more in calls than they gain.
+PART = 2**18
 # Each thread keeps the buffers of a part, half a dozen; nothing in them is needed after it.
 _KEPT = threading.local()
 # Additions along the first axis go through so many rows at once.
@@ -90,7 +91,8 @@ def _in_parts(loss: Loss, batch: Aligned, window: Tally | None, factor: float, b
 
 def _length(numbers: int, each: int) -> int:
     """How many entries or samples of so many numbers each make a part: all parts are about alike."""
-    length = -(-numbers // (each * -(-numbers // PART)))
+    part = PART if numbers < 16 * PART else 2 * PART
+    length = -(-numbers // (each * -(-numbers // part)))
     return -(-length // _ROUND) * _ROUND if length > _ROUND else max(length, 1)
 
 

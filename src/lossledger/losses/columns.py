@@ -211,19 +211,35 @@ def backprop(
             assert total is not None
             heavy.append(total.sum())
         if split:
-            inside = torch.gt(tried.y_true, 0.5, out=scratch.passing(elements))
-            sums["count present"].add(whole if total is counts else folded(counts), inside)
+            over = {"numerator": mine, "count": whole if total is counts else folded(counts)}
             if factor is not None:
-                sums["weight present"].add(whole, inside)
-            inside.mul_(elements)
-            sums["numerator present"].add(mine, inside)
+                over["weight"] = whole
             if rescale is not None:
-                sums["total present"].add(whole, inside)
+                over["total"] = whole
+            _add_present(sums, over, torch.gt(tried.y_true, 0.5, out=scratch.passing(elements)), elements)
         if beside is not None:
             beside.add(tried, elements, (numerator, total, counts), mask is None or tried is not part, scratch)
     if beside is not None:
         beside.leave()
     return _tally(loss, batch, wholes(sums), torch.stack(heavy).double().sum() if heavy else None, by)
+
+
+def _add_present(sums: dict[str, Sums], over: dict[str, Tensor | None], inside: Tensor, elements: Tensor) -> None:
+    """Sums of a part where a target says that its class is there.
+
+    Args:
+        sums: by name, to add to.
+        over: weights of entries by the name of what they weigh.
+        inside: `[N, C]`, 1 where it is there, else 0; written over.
+        elements: `[N, C]`.
+    """
+    for name in ("count", "weight"):
+        if name in over:
+            sums[f"{name} present"].add(over[name], inside)
+    inside.mul_(elements)
+    for name in ("numerator", "total"):
+        if name in over:
+            sums[f"{name} present"].add(over[name], inside)
 
 
 def _tally(loss: Loss, batch: Aligned, sums: dict[str, Tensor], heavy: Tensor | None, by: By) -> Tally:

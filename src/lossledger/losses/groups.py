@@ -16,14 +16,11 @@ from torch import Tensor
 from lossledger.errors import InputError
 from lossledger.losses.aligned import Aligned
 from lossledger.tally import Groups
-from lossledger.values import streams
+from lossledger.values import streams, sum_rows
 from lossledger.weighting import Weighting
 
 # From here on float32 does not hold every whole number.
 _EXACT = 2**24
-
-# Rows of so few columns are put side by side, so many, before they are summed.
-_NARROW, _FOLD = 64, 64
 
 
 class AndSamples(str):
@@ -80,12 +77,7 @@ def column_sums(values: Tensor) -> Tensor:
     >>> column_sums(torch.ones(3, 4, 2)).tolist()
     [12.0, 12.0]
     """
-    columns = values.shape[-1]
-    rows = values.reshape(-1, columns)
-    if columns <= _NARROW and len(rows) % _FOLD == 0 and streams(values):
-        # Long rows add up several times faster than short ones.
-        rows = rows.reshape(-1, _FOLD * columns).sum(0).reshape(_FOLD, columns)
-    return rows.sum(0)
+    return sum_rows(values.reshape(-1, values.shape[-1]))
 
 
 def present(y_true: Tensor, weighting: Weighting) -> Tensor:

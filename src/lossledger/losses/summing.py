@@ -10,12 +10,10 @@ from torch import Tensor
 
 from lossledger.losses import backward
 from lossledger.losses.aligned import Aligned
-from lossledger.values import streams
+from lossledger.values import streams, sum_rows
 
 # Below so many addends a sum by sample would be nearly as long as what is summed.
 _LONG = 32
-# Rows of so few columns are put side by side, so many, before they are summed.
-_NARROW, _FOLD = 64, 64
 
 
 def parts_of(batch: Aligned) -> Iterator[Aligned]:
@@ -51,12 +49,8 @@ def with_samples(shape: tuple[int, ...], keep: tuple[int, ...]) -> tuple[int, ..
 def summed(values: Tensor, keep: tuple[int, ...]) -> Tensor:
     """Σ over all axes but `keep`, in the order of the axes."""
     axes = tuple(axis for axis in range(values.ndim) if axis not in keep)
-    columns = values.shape[-1]
-    long = keep == (0, values.ndim - 1) and columns <= _NARROW and prod(values.shape[1:-1]) % _FOLD == 0
-    if long and streams(values):
-        # Long rows add up several times faster than short ones.
-        values = values.reshape(len(values), -1, _FOLD * columns).sum(1).reshape(len(values), _FOLD, columns)
-        return values.sum(1)
+    if axes and keep == (0, values.ndim - 1) and streams(values):
+        return sum_rows(values.flatten(1, -2))
     return values.sum(axes) if axes else values
 
 
