@@ -104,6 +104,10 @@ class Scratch:
         """As `like`, for what becomes the result: its own memory, if that was said."""
         return self.like(values) if self._result is None else self._result
 
+    def ahead(self, values: Tensor) -> Tensor:
+        """As `passing`, before there is a result: in its memory, if that was said."""
+        return self.passing(values) if self._result is None else self._result
+
     def take_back(self, result: Tensor | None = None) -> None:
         """All buffers can be handed out again; the result of what comes next goes where it is said."""
         self._taken, self._result = 0, result

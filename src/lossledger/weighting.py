@@ -210,6 +210,10 @@ class Weighting:
         """Where derivatives like the values are written; `None`: anywhere."""
         return None if self._scratch is None else self._scratch.result(values)
 
+    def ahead(self, values: Tensor) -> Tensor | None:
+        """As `passing`, before the derivatives are written; `None`: anywhere."""
+        return None if self._scratch is None else self._scratch.ahead(values)
+
     def passing(self, values: Tensor) -> Tensor | None:
         """Where a result is written that is needed until the next one; `None`: anywhere."""
         return None if self._scratch is None else self._scratch.passing(values)

@@ -160,8 +160,8 @@ class BinaryCrossentropy(_CrossEntropy):
 
 
 def _softplus_less(z: Tensor, y: Tensor, weights: Weighting) -> Tensor:
-    """`max(z, 0) − z·y + log(1 + exp(−|z|))`, without a graph, in two buffers."""
-    logarithm = torch.abs(z, out=weights.passing(z)).neg_().exp_().log1p_()
+    """`max(z, 0) − z·y + log(1 + exp(−|z|))`, without a graph, in a buffer and where derivatives come afterwards."""
+    logarithm = torch.abs(z, out=weights.ahead(z)).neg_().exp_().log1p_()
     return torch.clamp_min(z, 0, out=weights.kept(z)).addcmul_(z, y, value=-1).add_(logarithm)
 
 

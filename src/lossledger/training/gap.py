@@ -25,7 +25,7 @@ from lossledger.training.step import Observe, StepPlan
 from lossledger.training.watching import EpochEnd, Watcher
 from lossledger.training.waterfall import AUGMENTED, States, Waterfall, waterfall
 from lossledger.window import merged
-from lossledger.window.state import moving
+from lossledger.window.state import modules_of, moving
 
 Plain = Callable[[Batch], Any]
 """From a batch as it was trained on to the same samples without augmentation: a batch, or its inputs alone."""
@@ -311,7 +311,7 @@ def undisturbed(net: nn.Module, device: torch.device) -> Iterator[None]:
     """Random state, buffers, and what Keras layers keep beside their weights, put back as they were."""
     # A forward may also put another tensor in the place of a buffer.
     owners = [(module, dict(module._buffers)) for module in net.modules()]
-    kept = [(tensor, tensor.detach().clone()) for tensor in moving(net)]
+    kept = [(tensor, tensor.detach().clone()) for tensor in moving(modules_of(net))]
     state = randomness.capture(device)
     try:
         yield

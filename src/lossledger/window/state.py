@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 
-def moving(model: nn.Module) -> Iterator[Tensor]:
+def modules_of(model: nn.Module | None) -> list[nn.Module]:
+    """A model and the modules inside it, each once."""
+    if model is None:
+        return []
+    # `Module.modules` asks a generator for each module and each level that it is nested.
+    found, waiting = {model: None}, [model]
+    while waiting:
+        inside = [m for m in waiting.pop()._modules.values() if m is not None and m not in found]
+        found.update(dict.fromkeys(inside))
+        waiting += inside
+    return list(found)
+
+
+def moving(modules: Iterable[nn.Module]) -> list[Tensor]:
     """What a forward in train mode changes by itself: buffers, and the variables that Keras layers do not train."""
-    seen: set[int] = set()
-    for module in model.modules():
+    found: dict[int, Tensor] = {}
+    for module in modules:
+        held = list(module._buffers.values())
         # Keras keeps running statistics and seeds in parameters without a gradient. Modules of torch have nothing of
         # that name, which to ask for would take longer than all else here.
-        kept = () if type(module).__module__.startswith("torch.") else getattr(module, "non_trainable_variables", ())
-        for tensor in (*module._buffers.values(), *(getattr(v, "value", v) for v in kept)):
-            if isinstance(tensor, Tensor) and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield tensor
+        if not type(module).__module__.startswith("torch."):
+            held += [getattr(v, "value", v) for v in getattr(module, "non_trainable_variables", ())]
+        if held:
+            found |= {id(tensor): tensor for tensor in held if isinstance(tensor, Tensor)}
+    return list(found.values())
 
 
 @contextlib.contextmanager
@@ -58,12 +72,11 @@ class Replay:
     """The first round of a window, to be repeated: random state of torch, and running statistics.
 
     Args:
-        model: whose running statistics are kept, if any; without a model only the random state is.
+        modules: whose running statistics are kept; without any only the random state is.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
-        kept = () if model is None else moving(model)
-        self._moving = [(tensor, tensor.detach().clone()) for tensor in kept]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._moving = [(tensor, tensor.detach().clone()) for tensor in moving(modules)]
         self._random: list[tuple[Tensor, list[Tensor]]] = []
 
     def keep_random(self) -> None:
@@ -89,11 +102,12 @@ class Gradients:
     """Gradients that were there before a window, set aside so that a window which fails leaves them as they were.
 
     Args:
-        model: whose gradients they are, if any.
+        modules: whose gradients they are.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
-        self._kept = [] if model is None else [(p, p.grad) for p in model.parameters()]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        held = {p: None for module in modules for p in module._parameters.values() if p is not None}
+        self._kept = [(p, p.grad) for p in held]
         for parameter, _ in self._kept:
             parameter.grad = None
 

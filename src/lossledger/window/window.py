@@ -50,7 +50,7 @@ from lossledger.objective import (
 from lossledger.tally import Tally
 from lossledger.weighting import both, carried_mask
 from lossledger.window.ranks import merged, numbered, of_all, padded, pull_nothing, summed, zeroed
-from lossledger.window.state import Gradients, Replay, still
+from lossledger.window.state import Gradients, Replay, modules_of, still
 
 NO_GRADIENT = (
     "The loss does not depend on any trainable parameter: expected outputs that require a gradient, received "
@@ -130,8 +130,8 @@ class Window:
         self._position, self._waiting, self._done = 0, False, False
         self._dtype: torch.dtype | None = None
         self._added: dict[str, Tensor] = {}
-        self._replay = Replay(model)
-        self._gradients = Gradients(model)
+        modules = modules_of(model)
+        self._replay, self._gradients = Replay(modules), Gradients(modules)
         self._rounds = self._run()
 
     # --- the loop ----------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ class Window:
         sum_gradients(self.share.group, self.net)
         found = Backprop({}, [], [])
         # Apart from those of the data, beside which they may have to be divided first.
-        data = Gradients(self.net)
+        data = Gradients(modules_of(self.net))
         propagate(found, self._penalties)
         place_gradients(self.net)
         data.add()
