@@ -6,13 +6,16 @@ import csv
 import io
 import json
 import math
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from lossledger.cli import main
-from lossledger.errors import InputError
+from lossledger.errors import InputError, UnknownNameError
 from lossledger.ledger import Ledger, MetricRow, Row
 
 
@@ -126,6 +129,24 @@ def test_the_reason_of_duckdb_is_given() -> None:
         known().query("SELECT totl FROM ledger")
 
 
+def test_an_unknown_table_names_those_that_exist(tmp_path: Path) -> None:
+    ledger = known()
+    for sql in ("SELECT * FROM nosuch", 'FROM "no such"', "WITH a AS (SELECT 1) SELECT * FROM a, samplez"):
+        with pytest.raises(UnknownNameError) as caught:
+            ledger.query(sql)
+        said = str(caught.value)
+        assert said.startswith("query: unknown table: expected one of ") and "\n" not in said
+        listed = re.findall(r"'(\w+)'", said.partition(";")[0])
+        assert {"ledger", "metrics", "groups", "samples", "sample_losses"} <= set(listed)
+        for table in listed:
+            ledger.query(f"SELECT * FROM {table}")
+    with pytest.raises(UnknownNameError, match=r"received 'ledgr'\. Did you mean 'ledger'"):
+        ledger.query("SELECT * FROM ledgr")
+    ledger.save(tmp_path)
+    refused = CliRunner().invoke(main, ["query", str(tmp_path), "SELECT * FROM nosuch"])
+    assert refused.exit_code == 2 and refused.output.startswith("lossledger: query: unknown table: expected one of ")
+
+
 def test_the_command(tmp_path: Path) -> None:
     known().save(tmp_path)
     run = CliRunner().invoke
@@ -138,3 +159,21 @@ def test_the_command(tmp_path: Path) -> None:
     assert values == [{"value": 0.5, "x": None}, {"value": "nan", "x": None}]
     refused = run(main, ["query", str(tmp_path), "DROP TABLE ledger"])
     assert refused.exit_code == 2 and "expected one SELECT" in refused.output
+
+
+def test_the_package_is_the_command(tmp_path: Path) -> None:
+    known().save(tmp_path)
+    for arguments, expected in (
+        (["--help"], "Usage: python -m lossledger [OPTIONS]"),
+        (["query", str(tmp_path), "SELECT 1 AS one", "--csv"], "one\n1"),
+        (["report", str(tmp_path), "--text"], "Loss report: known"),
+    ):
+        command = [sys.executable, "-m", "lossledger", *arguments]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert done.stdout.startswith(expected)
+    refused = subprocess.run(
+        [sys.executable, "-m", "lossledger", "query", str(tmp_path), "DROP TABLE ledger"],
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2 and refused.stderr.startswith("lossledger: query: expected one SELECT")

@@ -208,6 +208,38 @@ def test_verdict_names_the_hidden_class() -> None:
     assert "Class sign is present in 0.20 % of the entries; its own loss there is 4.60, 199 times the printed" in said
 
 
+@pytest.mark.parametrize("form", [as_text, as_json, render])
+@pytest.mark.parametrize("outputs", [("",), ("a/", "b/")])
+def test_a_single_column_hides_nothing(form, outputs: tuple[str, ...]) -> None:
+    def made(names: tuple[str, ...]) -> Ledger:
+        ledger = Ledger("regression")
+        for output in outputs:
+            key = ("validation", 1, None, f"{output}mean_squared_error", "data", "linear")
+            ledger.append([Row(*key, "term", "", "", 12.0, 8, 8.0, 1.0, 8.0, 1.5, 0)])
+            count = 8 // len(names)
+            sums = (12.0 / len(names), count, float(count), 1.0, 8.0, 1.5 / len(names), 0)
+            ledger.append([Row(*key, "class", name, "", *sums) for name in names])
+        return ledger
+
+    said = [" ".join(form(build_view(made(names))).split()) for names in (("0",), ("0", "1"))]
+    words = ['"hidden": null', '"hidden": {'] if form is as_json else ["hides behind the mean"] * 2
+    assert ("hides behind the mean" in said[0]) is False
+    assert (words[0] in said[0], words[1] in said[1]) == (form is as_json, True)
+
+
+def test_a_single_label_that_is_rare_is_named() -> None:
+    ledger = Ledger("binary")
+    key = ("validation", 1, None, "binary_crossentropy", "data", "linear")
+    ledger.append([Row(*key, "term", "", "", 14.9, 100, 100.0, 1.0, 100.0, 0.149, 0)])
+    ledger.append([Row(*key, "class", "0", "present", 10.0, 2, 2.0, 1.0, 100.0, 0.1, 0)])
+    ledger.append([Row(*key, "class", "0", "absent", 4.9, 98, 98.0, 1.0, 100.0, 0.049, 0)])
+    (hidden,) = (run.verdict.hidden for run in build_view(ledger).runs)
+    assert hidden is not None and hidden.rare and hidden.row.entries == 0.02
+    assert hidden.factor == pytest.approx(5.0 / 0.149)
+    said = " ".join(as_text(build_view(ledger)).split())
+    assert "Class 0 is present in 2.0 % of the entries; its own loss there is 5, 34 times the printed" in said
+
+
 def test_own_means_are_not_inflated_by_class_weights() -> None:
     plain, heavy = (build_view(fake(weight=weight)).runs[0].tables[0] for weight in (1.0, 3.0))
     assert not plain.weighted and heavy.weighted

@@ -39,6 +39,7 @@ ROOMS = [
     "check_distributed",
     "demo",
     "cli",
+    "__main__",
 ]
 NEEDS_NO_TORCH = ("errors", "tally", "ledger", "report")
 

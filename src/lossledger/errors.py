@@ -94,7 +94,7 @@ class UnknownNameError(InputError):
         what: kind of name.
         name: the one received.
         known: those that were declared.
-        keras: how Keras starts the message of this mistake.
+        keras: how the message starts, where it is to be as in Keras, or to name a place.
     """
 
     def __init__(self, what: str, name: object, known: Iterable[object], keras: str | None = None) -> None:

@@ -374,6 +374,7 @@ class Ledger(Sliced):
             sql: one SELECT (or WITH … SELECT). It reaches no file, network, extension or setting.
 
         Raises:
+            UnknownNameError: a table that does not exist; with those that do.
             InputError: anything else, or what DuckDB finds wrong; with its reason.
 
         >>> ledger = Ledger("demo")
@@ -387,8 +388,8 @@ class Ledger(Sliced):
         if "groups" in sql.lower():
             tables["groups"] = self._with_run([book.groups.columns() for book in self._books])
         if not dynamics.mentioned(sql):
-            return query.answer(sql, tables)
-        return query.answer(sql, {**tables, "samples": self.samples.as_columns()}, dynamics.VIEWS)
+            return query.answer(sql, tables, others=("groups", "samples", *dynamics.VIEWS))
+        return query.answer(sql, {**tables, "samples": self.samples.as_columns()}, dynamics.VIEWS, ("groups",))
 
     def _columns(self, kind: str) -> Columns:
         """The rows or the metrics of all runs, with a column of the run's name."""

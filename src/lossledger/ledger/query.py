@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from lossledger.errors import InputError
+from lossledger.errors import InputError, UnknownNameError
 from lossledger.ledger.columns import Columns
 from lossledger.ledger.segments import connected, connection_errors, load
 from lossledger.ledger.table import Table
@@ -20,10 +21,17 @@ _CLOSED = (
     "SET enable_external_access = false",
     "SET lock_configuration = true",
 )
+# What DuckDB says first of a table that does not exist; what follows suggests tables of its own.
+_NO_TABLE = re.compile(r'Catalog Error: Table with name "?(.+?)"? does not exist')
 
 
-def answer(sql: str, tables: Mapping[str, Columns], views: Mapping[str, str] | None = None) -> Table:
-    """The result of one SELECT on `tables`, and on `views` over them by name; see `Ledger.query`."""
+def answer(
+    sql: str, tables: Mapping[str, Columns], views: Mapping[str, str] | None = None, others: Iterable[str] = ()
+) -> Table:
+    """The result of one SELECT on `tables`, and on `views` over them by name; see `Ledger.query`.
+
+    `others` are tables that exist and that this query does not name.
+    """
     with connected() as connection:
         for name, columns in tables.items():
             load(connection, name, columns)
@@ -38,6 +46,9 @@ def answer(sql: str, tables: Mapping[str, Columns], views: Mapping[str, str] | N
         except connection_errors() as error:
             if isinstance(error, InputError):
                 raise
+            if unknown := _NO_TABLE.match(str(error)):
+                known = {*tables, *(views or ()), *others}
+                raise UnknownNameError("table", unknown[1], known, keras="query: unknown table") from error
             raise InputError(f"query: DuckDB refuses {sql!r}: {error}") from error
     if len(set(names)) < len(names):
         raise InputError(f"query: each column needs a name of its own; received {', '.join(names)}. Name them with AS.")

@@ -36,7 +36,7 @@ def headline(verdict: Verdict) -> str:
 
 
 def hidden_sentence(verdict: Verdict) -> str:
-    """What the printed number hides: the class whose own loss is far above it; "" where nothing is known by class.
+    """What the printed number hides: the class whose own loss is far above it; "" without classes to tell apart.
 
     Args:
         verdict: of a run.

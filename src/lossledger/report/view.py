@@ -246,7 +246,10 @@ def _verdict(ledger: Ledger, splits: list[str], final: list[Row], tables: Sequen
 
 
 def _hidden(tables: Sequence[ClassTable], whole: Sequence[Row], loss: float) -> Hidden | None:
-    """The rare class whose own loss is furthest above the printed one; if there is none, the class with the highest."""
+    """The rare class whose own loss is furthest above the printed one; if there is none, the class with the highest.
+
+    `None` where nothing is known by class, or there is only one and it is not rare.
+    """
     data = [row for row in whole if row.role == "data"]
     found = []
     for table in tables:
@@ -259,7 +262,10 @@ def _hidden(tables: Sequence[ClassTable], whole: Sequence[Row], loss: float) -> 
             if row.mean_present is not None and row.entries is not None and math.isfinite(row.mean_present):
                 factor = row.mean_present / (reference or 1.0)
                 rare = row.entries <= HIDDEN_SHARE and factor >= HIDDEN_FACTOR
-                found.append(Hidden(row, table.metrics, "" if alone else table.term, reference or 0.0, factor, rare))
+                # A single column is the whole: it hides nothing but what is rare in itself, as one label of two values.
+                if rare or len(table.rows) > 1:
+                    term = "" if alone else table.term
+                    found.append(Hidden(row, table.metrics, term, reference or 0.0, factor, rare))
     return max(found, key=lambda hidden: (hidden.rare, hidden.factor), default=None)
 
 
