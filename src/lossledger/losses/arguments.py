@@ -32,6 +32,22 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
+def check_made(made: Any, base: str, *needed: str) -> None:
+    """An object of somebody's own class went through the `__init__` of its base, which sets what everything else reads.
+
+    Raises:
+        InputTypeError: it did not.
+    """
+    missing = [name for name in needed if not hasattr(made, name)]
+    if missing:
+        kind = type(made).__name__
+        raise InputTypeError(
+            f"{kind}: expected a {base} with what {base}.__init__ sets, received one without "
+            f"{missing[0].lstrip('_')!r}. "
+            f"Call super().__init__({'name' if base == 'Metric' else ''}) first in {kind}.__init__."
+        )
+
+
 @cache
 def arguments(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The arguments of a function by name, looked up once: every run notes those of its losses."""

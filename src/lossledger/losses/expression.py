@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lossledger.errors import InputError, InputTypeError
+from lossledger.losses.arguments import check_made
 from lossledger.values import is_number
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class Expression:
         terms: pairs of a coefficient and a loss.
 
     Raises:
+        InputTypeError: a loss of your own that did not call `super().__init__()`.
         InputError: two terms of one name, or terms that read the output in different spaces (logits, probabilities).
 
     Example:
@@ -34,6 +36,8 @@ class Expression:
     """
 
     def __init__(self, terms: tuple[tuple[float, Loss], ...]) -> None:
+        for _, loss in terms:
+            check_made(loss, "Loss", "name", "reduction", "_dtype")
         self.terms = terms
         names = [loss.name for _, loss in terms]
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -8,7 +8,7 @@ from typing import Any
 
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
 from lossledger.frameworks import refuse_tensorflow
-from lossledger.losses.arguments import snake_case
+from lossledger.losses.arguments import check_made, snake_case
 from lossledger.losses.asymmetric import AsymmetricFocal, AsymmetricFocalTversky, AsymmetricUnifiedFocal
 from lossledger.losses.classification import (
     BinaryCrossentropy,
@@ -137,7 +137,10 @@ def get(identifier: Any) -> Loss | Expression:
         >>> get("mse")
         MeanSquaredError()
     """
-    if isinstance(identifier, Loss | Expression):
+    if isinstance(identifier, Expression):
+        return identifier
+    if isinstance(identifier, Loss):
+        check_made(identifier, "Loss", "name", "reduction", "_dtype")
         return identifier
     if isinstance(identifier, str):
         if identifier not in NAMES:

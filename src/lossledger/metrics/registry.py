@@ -11,6 +11,7 @@ from torch import nn
 from lossledger import losses
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
 from lossledger.frameworks import refuse_tensorflow
+from lossledger.losses.arguments import check_made
 from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
 from lossledger.losses.ratio import Overlap
@@ -188,6 +189,7 @@ def get(identifier: Any, loss: Any = None) -> Metric | Stateful:
         BinaryAccuracy(name='accuracy', axis=-1, threshold=0.5, from_logits=True)
     """
     if isinstance(identifier, Metric | Stateful):
+        check_made(identifier, "Metric", "name")
         return identifier
     if isinstance(identifier, str):
         chosen = None if loss is None else losses.get(loss)

@@ -20,6 +20,7 @@ from lossledger.training.jit import Jit
 from lossledger.training.known import Known
 from lossledger.training.modes import evaluating
 from lossledger.training.step import StepPlan
+from lossledger.training.untrained import refuse_untrained
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +97,7 @@ def resolved(forward: Forward, settings: Settings) -> Compiled:
     """Objective, optimizer and metrics of a model.
 
     Raises:
-        InputError: the model has no parameters yet.
+        InputError: the model has no parameters yet, or a loss has some that no step would train.
     """
     if not forward.built:
         raise InputError(
@@ -106,6 +107,7 @@ def resolved(forward: Forward, settings: Settings) -> Compiled:
     recipe = forward.understood(settings.recipe)
     objective = recipe.objective()
     made = optimizers.make(forward.optimizer(settings.optimizer), forward.net)
+    refuse_untrained(objective, forward.net, made)
     forward.attach(made)
     named = forward.named_parameters()
     trainable = tuple(named.values())
