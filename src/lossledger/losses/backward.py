@@ -166,8 +166,7 @@ def _by_entries(loss: Loss, batch: Aligned, scale: Any, gradient: Tensor, by: By
     mask = None if batch.weighting.mask is None else batch.weighting.mask.expand(batch.weighting.shape).reshape(-1, 1)
     scratch = scratch_of_thread()
     flat = given.prediction.map(lambda values: values.reshape(-1, classes))
-    # Beside the gradient, which is written to where it stays, one buffer at most: parts are twice as large.
-    entries, safe = _length(slopes.numel(), 2 * classes) * 2, False
+    entries, safe = _length(slopes.numel(), classes), False
     for start in range(0, slopes.shape[0], entries):
         rows = slice(start, start + entries)
         out, prediction = slopes[rows], flat.map(operator.itemgetter(rows))
