@@ -329,6 +329,7 @@ VALUES = [
 
 NAMES = [
     row("loss", lambda: L.get("binary_crosentropy"), UnknownNameError, "loss", "Did you mean 'binary_crossentropy'"),
+    row("loss-of-torch", lambda: model(loss="BCEWithLogitsLoss"), UnknownNameError, "from_logits=True) for logits."),
     row("loss-in-compile", lambda: model(loss="msee"), UnknownNameError, "loss", "'msee'", "Did you mean 'mse'"),
     row("optimizer", lambda: model(optimizer="adamm"), UnknownNameError, "optimizer", "Did you mean 'adam'"),
     row("metric", lambda: model(metrics=["acuracy"]), UnknownNameError, "metric", "Did you mean 'accuracy'"),

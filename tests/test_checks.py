@@ -299,6 +299,38 @@ def test_fit_finds_it_once_prints_it_and_records_it(code, capsys, tmp_path):
     assert [f["code"] for f in ll.Ledger.open(tmp_path / "run").info["findings"]].count(code) == 1
 
 
+def weighted_like(training, validation, batches=False):
+    """The remedies for a mean weight of training and validation entries; `None`: no weights are given."""
+    made = [
+        () if mean is None else (torch.tensor([0.5, 1.5]).repeat(n // 2) * mean,)
+        for mean, n in ((training, 64), (validation, 8))
+    ]
+    held = (normal(8, 3), normal(8, 1), *made[1])
+    history = fitted(
+        "mse",
+        normal(64, 3),
+        normal(64, 1),
+        sample_weight=made[0][0] if made[0] else None,
+        shuffle=False,
+        validation_data=[held] if batches else held,
+    )
+    return [f["remedy"] for f in history.ledger.info.get("findings", []) if f["code"] == "REC1"]
+
+
+@pytest.mark.parametrize("batches", [False, True])
+def test_weights_are_asked_for_only_where_there_are_none(batches):
+    (asked,) = weighted_like(2.0, None, batches)
+    assert asked.endswith("or give validation_data weights too.")
+    for validation in (3.0, 1.0) if not batches else (3.0,):
+        (both,) = weighted_like(2.0, validation, batches)
+        assert "too" not in both and both.endswith(
+            "divide the weights of each by their mean: both have some, of different size."
+        )
+    (one,) = weighted_like(None, 3.0, batches)
+    assert "leave the weights of validation_data out" in one and "too" not in one
+    assert weighted_like(1.0, 1.0, batches) == weighted_like(None, None, batches) == []
+
+
 @pytest.mark.parametrize("code", ["SPACE1", "CLS3"])
 def test_findings_are_errors_off_or_ignored_where_asked(code):
     with pytest.raises(CheckError, match=code):

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lossledger as ll
 from lossledger.batch import leaves
-from lossledger.errors import InputError
+from lossledger.errors import InputError, InputTypeError
 from lossledger.training.data import IterableData, array_data, order_of, with_groups
 from lossledger.training.known import form_of
 from lossledger.values import check_probabilities
@@ -338,3 +338,62 @@ def test_a_second_call_makes_few_python_calls():
     assert done.returncode == 0, done.stderr
     found = dict(zip(FIXED_BUDGET, map(float, done.stdout.split()), strict=True))
     assert {name: found[name] for name, most in FIXED_BUDGET.items() if found[name] > most} == {}
+
+
+class ByName(nn.Module):
+    """A model of inputs that are called as those of many language models, and of one that is called otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 3)
+
+    def forward(self, input_ids, attention_mask=None):
+        found = self.embed(input_ids.long())
+        return found if attention_mask is None else found * attention_mask[..., None]
+
+
+IDS, LABELS = torch.arange(20).reshape(5, 4) % 7, torch.arange(20).reshape(5, 4) % 3
+KEYED = {
+    "x and y": ({"x": IDS, "y": LABELS}, "lossledger.Batch(b['x'], b['y'])"),
+    "with weights": (
+        {"sample_weight": torch.arange(5.0), "label": LABELS, "image": IDS},
+        "lossledger.Batch(b['image'], b['label'], b['sample_weight'])",
+    ),
+    "of a tokenizer": (
+        collections.UserDict(input_ids=IDS, attention_mask=torch.ones(5, 4), labels=LABELS),
+        "lossledger.Batch({key: b[key] for key in ('input_ids', 'attention_mask')}, b['labels'])",
+    ),
+    "unknown names": ({0: IDS, 1: LABELS}, "lossledger.Batch(b[0], b[1])"),
+}
+
+
+@pytest.mark.parametrize("name", KEYED)
+def test_a_batch_that_is_a_dict_is_refused_with_the_line_that_makes_it_one(name):
+    keyed, made = KEYED[name]
+    samples = [{key: keyed[key][i] for key in keyed} for i in range(5)]
+    model = ll.Model(ByName())
+    model.compile("sgd", ll.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loader = functools.partial(torch.utils.data.DataLoader, samples, batch_size=2)
+    calls = {
+        "loader": lambda: model.fit(loader(), verbose=0),
+        "list": lambda: model.fit([dict(keyed)], verbose=0),
+        "generator": lambda: model.evaluate(iter([keyed]), verbose=0),
+        "validation": lambda: model.fit([(IDS, LABELS)], validation_data=loader(), verbose=0),
+        "window": lambda: ll.Objective("mse").window([keyed]).__enter__(),
+    }
+    for call in calls.values():
+        with pytest.raises(InputTypeError, match="batch 0: Data is expected to be in format") as caught:
+            call()
+        assert f"with the keys {', '.join(map(repr, keyed))}. " in str(caught.value) and made in str(caught.value)
+        names = {"torch": torch, "lossledger": ll}
+        exec(str(caught.value).partition("for example: ")[2], names)
+        history = model.fit(loader(collate_fn=names["collate"]), verbose=0)
+        assert history.ledger.rows[0].count == 20
+
+
+def test_a_dict_without_targets_is_refused():
+    model = ll.Model(nn.Linear(3, 1))
+    model.compile("sgd", "mse")
+    for item, said in (({}, "without keys"), ({"x": torch.ones(2, 3)}, "with the keys 'x'. Give inputs and targets")):
+        with pytest.raises(InputTypeError, match=f"received dict {said}"):
+            model.fit([item], verbose=0)

@@ -109,7 +109,37 @@ def as_batch(item: Any, position: int) -> Batch:
         return Batch(item[0], item[1], item[2] if len(item) == 3 else None)
     raise InputTypeError(
         f"batch {position}: Data is expected to be in format (x, y), (x, y, sample_weight) or a lossledger.Batch; "
-        f"received {type(item).__name__}{f' of {len(item)}' if isinstance(item, list | tuple) else ''}."
+        f"received {type(item).__name__}"
+        + (
+            f" of {len(item)}."
+            if isinstance(item, list | tuple)
+            else _by_key(item)
+            if isinstance(item, Mapping)
+            else "."
+        )
+    )
+
+
+# What keys are called whose values are targets or weights; what else there is goes into the model.
+_TARGETS = ("y", "label", "labels", "target", "targets", "y_true")
+_WEIGHTS = ("sample_weight", "sample_weights", "weight", "weights")
+
+
+def _by_key(item: Mapping[Any, Any]) -> str:
+    """The keys of a dict that was given as a batch, and a line that makes a batch of such dicts."""
+    keys = list(item)
+    received = f" with the keys {', '.join(map(repr, keys))}." if keys else " without keys."
+    if len(keys) < 2:
+        return f"{received} Give inputs and targets, for example lossledger.Batch(x, y)."
+    target = next((key for name in _TARGETS for key in keys if str(key).lower() == name), keys[-1])
+    weight = next((key for name in _WEIGHTS for key in keys if key != target and str(key).lower() == name), None)
+    inputs = [key for key in keys if key not in (target, weight)]
+    # A model takes one input by its position, several by their names.
+    x = f"b[{inputs[0]!r}]" if len(inputs) == 1 else f"{{key: b[key] for key in ({', '.join(map(repr, inputs))})}}"
+    parts = ", ".join([x, *(f"b[{key!r}]" for key in (target, weight) if key is not None)])
+    return (
+        f"{received} Give the tuple or lossledger.Batch instead, from a DataLoader by its collate_fn, for example: "
+        f"def collate(samples): b = torch.utils.data.default_collate(samples); return lossledger.Batch({parts})"
     )
 
 

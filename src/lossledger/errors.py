@@ -95,12 +95,15 @@ class UnknownNameError(InputError):
         name: the one received.
         known: those that were declared.
         keras: how the message starts, where it is to be as in Keras, or to name a place.
+        meant: what the name may mean, in a sentence, where that is known better than by its letters.
     """
 
-    def __init__(self, what: str, name: object, known: Iterable[object], keras: str | None = None) -> None:
+    def __init__(
+        self, what: str, name: object, known: Iterable[object], keras: str | None = None, meant: str = ""
+    ) -> None:
         names = sorted(str(k) for k in known)
         near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-        suggestion = f" Did you mean {near[0]!r}?" if near else ""
+        suggestion = f" {meant}" if meant else f" Did you mean {near[0]!r}?" if near else ""
         shown = names if len(names) <= READABLE else difflib.get_close_matches(str(name), names, n=5, cutoff=0.3)
         rest = f" and {len(names) - len(shown)} others" if len(shown) < len(names) else ""
         listed = ", ".join(repr(n) for n in shown) + rest if shown else f"{len(names)} names" if names else "none"

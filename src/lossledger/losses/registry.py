@@ -27,6 +27,7 @@ from lossledger.losses.keras import from_keras, is_keras
 from lossledger.losses.likelihood import GaussianNegativeLogLikelihood, PoissonNegativeLogLikelihood
 from lossledger.losses.loss import Loss
 from lossledger.losses.lovasz import LovaszHinge, LovaszSoftmax
+from lossledger.losses.meant import meant
 from lossledger.losses.metric_learning import Circle, SupervisedContrastive, TripletHard, TripletSemiHard
 from lossledger.losses.overlap import Dice, FocalTversky, Jaccard, LogCoshDice, Tversky
 from lossledger.losses.ranking import Contrastive, MarginRanking, Triplet
@@ -144,7 +145,8 @@ def get(identifier: Any) -> Loss | Expression:
         return identifier
     if isinstance(identifier, str):
         if identifier not in NAMES:
-            raise UnknownNameError("loss", identifier, NAMES, keras="Could not interpret loss identifier")
+            start = "Could not interpret loss identifier"
+            raise UnknownNameError("loss", identifier, NAMES, start, meant(identifier))
         return NAMES[identifier]()
     if isinstance(identifier, dict):
         return deserialize(identifier)

@@ -84,8 +84,10 @@ class Checking:
             self._own.extend(found)
         self._say(found)
 
-    def epoch(self, training: Mapping[str, Tally], validation: Mapping[str, Tally] | None) -> None:
-        """The end of an epoch: tallies that the host has read anyway.
+    def epoch(
+        self, training: Mapping[str, Tally], validation: Mapping[str, Tally] | None, weighted: bool = False
+    ) -> None:
+        """The end of an epoch: tallies that the host has read anyway, and whether validation data came with weights.
 
         Raises:
             CheckError: a finding, where they are errors.
@@ -96,7 +98,7 @@ class Checking:
             for rank, own in enumerate(self._group.gather(self._own)):
                 self._say([replace(finding, data={**finding.data, "rank": rank}) for finding in own])
             self._own = None
-        self._say(findings(Epochs(self._objective, self._training, validation), ("epoch",), self._ignore))
+        self._say(findings(Epochs(self._objective, self._training, validation, weighted), ("epoch",), self._ignore))
 
     def _say(self, found: list[Finding]) -> None:
         new = []

@@ -374,6 +374,8 @@ def make_data(x: Any, y: Any, sample_weight: Any, mask: Any, dtype: torch.dtype,
     check_kind(x)
     if is_arrays(x):
         if y is None:
+            if isinstance(x, list) and isinstance(x[0], Mapping):
+                as_batch(x[0], 0)
             raise InputError(
                 "y: expected targets beside the arrays x, received None. Pass y, or a list (not a tuple) of batches "
                 "(x, y)."

@@ -117,7 +117,8 @@ class Fitting:
             progress.step += result.steps
             show.end(self._title(epoch), result.steps, result.seconds, logs)
             if self.options.checks is not None:
-                self.options.checks.epoch(result.tallies, None if held is None else held.tallies)
+                weighted = isinstance(self.validation, ArrayData) and self.validation.sample_weight is not None
+                self.options.checks.epoch(result.tallies, None if held is None else held.tallies, weighted)
             if held is not None:
                 self._tell_watchers(epoch, result, held)
             together(self.group, self._save)

@@ -29,11 +29,13 @@ class Epochs:
         objective: names the terms.
         training: tallies by term, epoch after epoch.
         validation: of the last epoch, if it was validated.
+        weighted: whether weights were given with the validation data, as far as that was seen.
     """
 
     objective: Objective
     training: Sequence[Mapping[str, Tally]]
     validation: Mapping[str, Tally] | None = None
+    weighted: bool = False
 
 
 def _recent(epochs: Epochs) -> Sequence[Mapping[str, Tally]]:
@@ -150,6 +152,24 @@ def recipes_differ(epochs: Epochs) -> Iterator[Finding]:
                 "warning",
                 f"{plan.name}: a training entry weighs {ours:.4g} on average, a validation entry {theirs:.4g}: loss "
                 "and val_loss are different quantities, and their difference says nothing about overfitting.",
-                "Compare the ledger's means by class, or give validation_data weights too.",
+                f"Compare the ledger's means by class, or {_alike(training, validation, epochs.weighted)}.",
                 {"term": plan.name, "training": ours, "validation": theirs},
             )
+
+
+def _alike(training: Tally, validation: Tally, given: bool) -> str:
+    """What would make the weights of the two alike; `given`: there are weights with the validation data."""
+    if not given and not _weighs(validation):
+        return "give validation_data weights too"
+    if not _weighs(training):
+        return "leave the weights of validation_data out, or pass fit a sample_weight by the same rule"
+    return "divide the weights of each by their mean: both have some, of different size"
+
+
+def _weighs(tally: Tally) -> bool:
+    """Whether entries weigh other than 1, as far as the sums show it."""
+    groups = tally.groups
+    sums = [(float(tally.weight), float(tally.count))]
+    if groups is not None:
+        sums += zip(map(float, groups.weight), map(float, groups.count), strict=True)
+    return any(abs(weight - count) > 1e-6 * max(count, 1.0) for weight, count in sums)
