@@ -438,7 +438,7 @@ MAKING = [
     row("metric-twice", lambda: model(metrics=["mae", "mae"]), InputError, "'mae'", "twice"),
     row("optimizer-number", lambda: model(optimizer=5), InputTypeError, "optimizer", "5"),
     row("optimizer-function", lambda: model(optimizer=lambda p: 3), InputTypeError, "torch optimizer", "int"),
-    row("nothing-to-train", lambda: model(nn.ReLU()), EmptyDataError, "requires_grad"),
+    row("nothing-to-train", lambda: fit(model(nn.ReLU())), EmptyDataError, "requires_grad"),
     row("clip-text", lambda: model(clip_norm="1"), InputTypeError, "clip_norm", "'1'"),
     row("ema-nan", lambda: model(ema=NAN), InputError, "ema", "nan"),
     row("expression-by-zero", lambda: (1.0 * mse) / 0, InputError, "0"),

@@ -106,13 +106,16 @@ def resolved(forward: Forward, settings: Settings) -> Compiled:
         )
     recipe = forward.understood(settings.recipe)
     objective = recipe.objective()
-    made = optimizers.make(forward.optimizer(settings.optimizer), forward.net)
-    refuse_untrained(objective, forward.net, made)
-    forward.attach(made)
     named = forward.named_parameters()
     trainable = tuple(named.values())
+    if trainable:
+        made = optimizers.make(forward.optimizer(settings.optimizer), forward.net)
+    else:
+        made = optimizers.idle(settings.optimizer)
+    refuse_untrained(objective, forward.net, made)
+    forward.attach(made)
     gate = None
-    if settings.on_nonfinite != "record":
+    if trainable and settings.on_nonfinite != "record":
         gate = Gate(forward.net, made, trainable, forward.running())
     plan = StepPlan(
         forward.net,
@@ -124,7 +127,7 @@ def resolved(forward: Forward, settings: Settings) -> Compiled:
         settings.autocast,
         settings.clip_norm,
         gate,
-        _jit(forward) if settings.jit else None,
+        _jit(forward) if trainable and settings.jit else None,
     )
     return Compiled(recipe, plan, measure.plan(objective, recipe.metrics, recipe.weighted_metrics))
 

@@ -179,8 +179,8 @@ def _first_bad(plan: StepPlan, window: Iterable[Batch]) -> tuple[Batch, Any]:
     """The first batch of a window whose loss is not finite, or else the last, with what the model makes of it now."""
     with torch.no_grad(), evaluating(plan.net):
         for host in window:
-            batch = to_device(host, plan.parameters[0].device)
-            outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.parameters[0].device.type)
+            batch = to_device(host, plan.device)
+            outputs = run_forward(plan.forward, batch.x, plan.autocast, plan.device.type)
             found = plan.objective.tallies(batch.y, outputs, batch.sample_weight, batch.mask, None)
             if bool(bad_elements(found)):
                 break
@@ -236,7 +236,7 @@ def evaluate_pass(
     Raises:
         EmptyDataError: the data gave no batch.
     """
-    device = plan.parameters[0].device if plan.parameters else torch.device("cpu")
+    device = plan.device
     objective = plan.objective
     recent: deque[Told] = deque(maxlen=RECENT)
     waiting = current.waiting

@@ -16,7 +16,7 @@ from lossledger.integrations import compiled_arguments, forward_of
 from lossledger.ledger import Ledger
 from lossledger.objective import Objective
 from lossledger.objective import plan as planning
-from lossledger.training import boundary, loop, memory, opening, prediction, sharing, sums
+from lossledger.training import boundary, loop, memory, opening, optimizers, prediction, sharing, sums
 from lossledger.training.average import Average
 from lossledger.training.callbacks import as_callbacks
 from lossledger.training.checking import checking
@@ -241,6 +241,7 @@ class Model(Placed):
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype(), groups))
         device, compiled = self._device(), self._compiled()
         plan = compiled.weighted(class_weight)
+        optimizers.check_trainable(plan.parameters)
         data, held = boundary.validation(data, validation_split, validation_data, self._dtype())
         steps = boundary.steps_of(steps_per_epoch, data.steps(batch_size))
         sharing.check_shared(group, plan.objective, data, held)
@@ -405,6 +406,7 @@ class Model(Placed):
         data = array_data(x, y, sample_weight, mask, self._dtype())
         self._built(data)
         plan = self._compiled().weighted(class_weight)
+        optimizers.check_trainable(plan.parameters)
         plan.optimizer.zero_grad(set_to_none=True)
         current = self._single(plan.objective)
         with training(self.net):

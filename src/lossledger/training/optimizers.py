@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,11 +44,7 @@ def make(optimizer: Any, net: nn.Module) -> Optimizer:
         InputTypeError: something else.
     """
     trainable = [p for p in net.parameters() if p.requires_grad]
-    if not trainable:
-        raise EmptyDataError(
-            "optimizer: the model has no trainable parameter; expected at least one with requires_grad=True. "
-            "A lazy module must see data before compile."
-        )
+    check_trainable(trainable)
     if isinstance(optimizer, str):
         return _named(optimizer.lower(), optimizer, trainable, net)
     if isinstance(optimizer, Optimizer):
@@ -63,6 +59,26 @@ def make(optimizer: Any, net: nn.Module) -> Optimizer:
         raise InputTypeError(f"optimizer: the function must return a torch optimizer; received {type(made).__name__}.")
     _check(made, trainable)
     return made
+
+
+def check_trainable(parameters: Sequence[nn.Parameter]) -> None:
+    """There is something to train.
+
+    Raises:
+        EmptyDataError: nothing.
+    """
+    if not parameters:
+        raise EmptyDataError(
+            "optimizer: the model has no trainable parameter; expected at least one with requires_grad=True. A lazy "
+            "module must see data before compile; after thawing parameters, call compile again."
+        )
+
+
+def idle(optimizer: Any) -> Optimizer:
+    """The optimizer of a model without trainable parameters, which is evaluated and never stepped: the one given as an
+    object, or one of nothing.
+    """
+    return optimizer if isinstance(optimizer, Optimizer) else Optimizer([{"params": []}], {"lr": 0.0})
 
 
 def _named(name: str, given: str, trainable: list[nn.Parameter], net: nn.Module) -> Optimizer:

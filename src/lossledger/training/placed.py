@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lossledger.distributed import Group, joined, together
 from lossledger.forward import Forward
 from lossledger.training import weights
 from lossledger.training.summary import summary_table
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """Where a module is: its parameters, or the buffers of one that has none."""
+    return next((tensor.device for tensor in _tensors(net)), torch.device("cpu"))
+
+
+def _tensors(net: nn.Module) -> Iterator[Tensor]:
+    return chain(net.parameters(), net.buffers())
 
 
 class Placed:
@@ -50,11 +61,11 @@ class Placed:
     # --- inside ------------------------------------------------------------------------------------------------
 
     def _dtype(self) -> torch.dtype:
-        """The dtype that floating NumPy arrays take: that of the parameters."""
-        return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        """The dtype that floating NumPy arrays take: that of the parameters, or of buffers."""
+        return next((t.dtype for t in _tensors(self.net) if t.is_floating_point()), torch.get_default_dtype())
 
     def _device(self) -> torch.device:
-        return next((p.device for p in self.net.parameters()), torch.device("cpu"))
+        return device_of(self.net)
 
     @property
     def writes(self) -> bool:

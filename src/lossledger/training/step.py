@@ -18,6 +18,7 @@ from lossledger.objective import Backprop, Objective, Penalty
 from lossledger.tally import Tally
 from lossledger.training.fused import clear_gradients
 from lossledger.training.gate import Gate, bad_elements
+from lossledger.training.placed import device_of
 from lossledger.training.waiting import Kept, Waiting
 from lossledger.values import not_finite
 from lossledger.window import NO_GRADIENT, Window, propagate, running
@@ -36,7 +37,7 @@ class StepPlan:
         forward: calls it with the inputs of a batch.
         objective: what is minimized.
         optimizer: what updates the parameters.
-        parameters: the trainable parameters.
+        parameters: the trainable parameters; none of a model that is only evaluated.
         penalties: the regularizers with the parameters that they read.
         autocast: dtype of the forward pass, or `None`.
         clip_norm: largest norm of the gradient, or `None`.
@@ -54,6 +55,11 @@ class StepPlan:
     clip_norm: float | None
     gate: Gate | None
     jit: Jit | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, also one of which nothing is trained."""
+        return self.parameters[0].device if self.parameters else device_of(self.net)
 
 
 Observe = Callable[[Batch, Any], None]
