@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lossledger as ll
+from lossledger.errors import InputError
 
 L = ll.losses
 B, C = 7, 3
@@ -324,6 +325,48 @@ def test_classes_weigh_the_samples_of_an_own_loss():
     loss = L.FunctionLoss(lambda y, p: F.cross_entropy(p, y, reduction="none"))
     tally = loss.tally(CLASSES, X, class_weight={0: 0.5, 2: 4.0})
     close(tally.value, (F.cross_entropy(X, CLASSES, reduction="none") * W[CLASSES]).mean())
+
+
+class Squares(L.Loss):
+    def call(self, y_true, y_pred):
+        return (y_true - y_pred) ** 2
+
+
+@pytest.mark.parametrize("size", [1, B])
+def test_class_weights_of_pixels_reach_the_pixel_and_no_other(size):
+    # With as many rows and columns as samples, axes that are mixed up would broadcast without an error.
+    pixels, output = labels(B, size, size, classes=2), randn(B, size, size)
+    weight = torch.where(pixels == 1, 5.0, 1.0).double()
+    wanted = (weight * (pixels - output) ** 2).mean()
+    for loss in (L.get(lambda y, p: (y - p) ** 2), Squares(), L.get(nn.MSELoss())):
+        tally = loss.tally(pixels[..., None].double(), output[..., None], class_weight={1: 5.0})
+        close(tally.value, wanted)
+    one_hot = L.get(lambda y, p: (F.one_hot(y.long(), 2) - p) ** 2)
+    both = torch.stack([output, -output], -1)
+    wanted = (weight[..., None] * (F.one_hot(pixels, 2) - both) ** 2).mean()
+    close(one_hot.tally(pixels, both, class_weight={1: 5.0}).value, wanted)
+
+
+@pytest.mark.parametrize("loss", [lambda y, p: (y - p) ** 2, Squares(), nn.MSELoss(), nn.BCEWithLogitsLoss()])
+@pytest.mark.parametrize("shape", [(B, C), (C, C), (4, 4, 4, 4), (B, 4, 5, C)])
+def test_class_weights_are_refused_where_the_loss_has_a_value_for_each_class(loss, shape):
+    with pytest.raises(InputError, match="one value an entry"):
+        L.get(loss).tally(rand(*shape), randn(*shape), class_weight={1: 5.0})
+
+
+def test_class_weights_are_refused_where_the_loss_has_one_value_for_many_labels():
+    per_image = L.get(lambda y, p: ((y - p) ** 2).flatten(1).mean(1))
+    for shape in ((4, 4, 4, 3), (B, 4, 5, 3)):
+        with pytest.raises(InputError, match="a value of the loss for each label"):
+            per_image.tally(rand(*shape), randn(*shape), class_weight={1: 5.0})
+
+
+def test_class_weights_of_torch_with_probabilities_go_by_its_class_axis():
+    soft = rand(4, 4, 4, 4, seed=9).softmax(1)
+    values = F.cross_entropy(randn(4, 4, 4, 4), soft, reduction="none")
+    weights = torch.tensor([1.0, 5.0, 1.0, 1.0], dtype=torch.float64)[soft.argmax(1)]
+    tally = L.get(nn.CrossEntropyLoss()).tally(soft, randn(4, 4, 4, 4), class_weight={1: 5.0})
+    close(tally.value, (weights * values).mean())
 
 
 @pytest.mark.parametrize(("true", "pred"), [((B,), (B,)), ((B,), (B, 1)), ((B, 1), (B,)), ((3, 3), (3, 3, 1))])

@@ -164,3 +164,30 @@ def detached(output: Tensor) -> Tensor:
     if mask is not None:
         found._keras_mask = mask  # type: ignore[attr-defined]
     return found
+
+
+def fitted(class_weight: Tensor, shape: tuple[int, ...], y_true: Tensor, where: str) -> Tensor:
+    """One class weight a label, `[B, d…, 1]`, on the values that a loss returned, `[B, d…, …]`; weights a column stay.
+
+    Raises:
+        InputError: the loss returned a value for each class, or fewer values than there are labels.
+
+    Example:
+        >>> fitted(torch.ones(2, 5, 1), (2, 5, 3, 1), torch.zeros(2, 5), "loss").shape
+        torch.Size([2, 5, 1, 1])
+    """
+    values, labels = shape[:-1], class_weight.shape[:-1]
+    if class_weight.ndim == 1 or values == labels:
+        return class_weight
+    received = f"received values of the shape {values} and labels of the shape {tuple(labels)}"
+    if values[: len(labels)] != labels:
+        raise InputError(
+            f"{where}: a class weight is one number a label; expected a value of the loss for each label, {received}. "
+            "Reduce over fewer axes, or weigh the samples with sample_weight."
+        )
+    if values == y_true.shape and values[-1] > 1:
+        raise InputError(
+            f"{where}: a class weight is one number for each entry, by its largest target; expected one value an "
+            f"entry, {received}. Take the mean over the classes, .mean(-1), or multiply by class inside the loss."
+        )
+    return class_weight.reshape(*labels, *(1,) * (len(shape) - len(labels)))

@@ -25,7 +25,7 @@ from lossledger.losses.loss import Loss
 from lossledger.reduction import Reduction
 from lossledger.tally import Tally
 from lossledger.values import check_labels, check_probabilities, selected, shape_of
-from lossledger.weighting import Weighting, align
+from lossledger.weighting import ClassWeight, Weighting, align
 
 
 class FunctionLoss(Loss):
@@ -197,6 +197,11 @@ class TorchLoss(Loss):
             counts = torch.ne(y_true, self.module.ignore_index)  # type: ignore[arg-type]
             given = Late(given.sample_weight, and_mask(counts, given.mask, shape, where), given.class_weight)
         return super()._weighting(shape, y_true, y_pred, given, where)
+
+    def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
+        if isinstance(self.module, _INDEXED) and y_true.ndim == y_pred.ndim > 2:
+            y_true, y_pred = y_true.movedim(1, -1), y_pred.movedim(1, -1)
+        return super()._class_weight(y_true, y_pred, class_weight, where)
 
     def _safe(self, y_true: Tensor, y_pred: Tensor, weights: Weighting) -> tuple[Tensor, Tensor]:
         assert weights.mask is not None

@@ -21,7 +21,7 @@ from lossledger import reduction as reductions
 from lossledger.errors import InputError, InputTypeError
 from lossledger.losses import backward
 from lossledger.losses import groups as grouping
-from lossledger.losses.aligned import Aligned, Late, detached, select_leading, with_carried
+from lossledger.losses.aligned import Aligned, Late, detached, fitted, select_leading, with_carried
 from lossledger.losses.arguments import arguments, dtype_of, snake_case
 from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.prediction import Prediction, Space
@@ -308,8 +308,8 @@ class Loss:
         if given.given is None:
             return Weighting(shape)
         class_weight = None
-        if given.class_weight is not None:
-            class_weight = self._class_weight(y_true, y_pred, given.class_weight, where).to(y_pred)
+        if (named := given.class_weight) is not None:
+            class_weight = fitted(self._class_weight(y_true, y_pred, named, where), shape, y_true, where).to(y_pred)
         sample_weight = None if given.sample_weight is None else given.sample_weight.to(y_pred.dtype)
         return weighting(shape[:-1], shape[-1], sample_weight, given.mask, class_weight, where)
 
