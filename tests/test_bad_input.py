@@ -379,6 +379,12 @@ NAMES = [
         InputError,
         *("class_names", "'cat'"),
     ),
+    row(
+        "class-names-empty",
+        lambda: model(nn.Linear(3, 2), "mse", class_names=["cat", ""]),
+        InputError,
+        *("class_names", "empty", "['cat', '']"),
+    ),
     row("class-names-text", lambda: model(class_names="cat"), InputTypeError, "class_names", "'cat'"),
     row("precision-list", lambda: model(precision=[]), UnknownNameError, "precision", "[]"),
     row("policy-list", lambda: model(on_nonfinite=[]), UnknownNameError, "on_nonfinite", "[]"),

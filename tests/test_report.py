@@ -271,10 +271,10 @@ def test_each_output_has_its_own_class_table() -> None:
         ledger.append([Row(*key, "term", "", "", 8 * share, 8, 8.0, 1.0, 8.0, share, 0)])
         ledger.append([Row(*key, "class", n, "", 4 * share, 4, 4.0, 1.0, 8.0, share / 2, 0) for n in names])
     ledger.append(
-        [], [MetricRow("validation", 1, "mask/iou", "b", 0.5), MetricRow("validation", 1, "acc", "z", math.nan)]
+        [], [MetricRow("validation", 1, "mask_iou", "b", 0.5), MetricRow("validation", 1, "acc", "z", math.nan)]
     )
     mask, label = build_view(ledger).runs[0].tables
-    assert (mask.output, [row.name for row in mask.rows], mask.metrics) == ("mask", ["b", "a"], ("iou",))
+    assert (mask.output, [row.name for row in mask.rows], mask.metrics) == ("mask", ["b", "a"], ("mask_iou",))
     assert (label.output, [row.name for row in label.rows], label.metrics) == ("label", ["b", "z"], ("acc",))
     assert mask.rows[0].metrics == (0.5,) and [row.share for row in label.rows] == [0.125, 0.125]
     assert "Classes of mask" in Page(render(build_view(ledger))).text
@@ -376,6 +376,17 @@ def test_terms_stand_under_their_outputs() -> None:
     assert [(o.name, o.contribution, len(o.terms)) for o in run.outputs] == [("mask", 0.75, 2), ("label", 0.25, 1)]
     assert "Output mask adds 0.750 , 75.0 % of the loss" in Page(render(build_view(ledger))).text
     assert "all of mask" in as_text(build_view(ledger))
+
+
+def test_a_regularizer_stands_under_no_output() -> None:
+    ledger = Ledger("outputs")
+    for term, role in (("mask/bce", "data"), ("label/cce", "data"), ("l2/*weight", "regularizer")):
+        key = ("validation", 1, None, term, role, "linear")
+        ledger.append([Row(*key, "term", "", "", 2.0, 8, 8.0, 1.0, 8.0, 0.25, 0)])
+    (run,) = build_view(ledger).runs
+    assert [o.name for o in run.outputs] == ["mask", "label", ""]
+    assert "Output l2" not in Page(render(build_view(ledger))).text
+    assert "all of l2" not in as_text(build_view(ledger)) and "l2/*weight" in as_text(build_view(ledger))
 
 
 def test_provenance_names_recipe_divisor_and_what_was_counted() -> None:

@@ -126,13 +126,15 @@ def class_names(names: Any) -> tuple[str, ...] | None:
 
     Raises:
         InputTypeError: one text instead of a list of names.
-        InputError: a name that is used twice: two classes would become one row of the ledger.
+        InputError: an empty name, or one that is used twice: two classes would become one row of the ledger.
     """
     if names is None:
         return None
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise InputTypeError(f"class_names: expected a list of names, received {names!r}.")
     found = tuple(str(name) for name in names)
+    if "" in map(str.strip, found):
+        raise InputError(f"class_names: expected a name for each class, received an empty one: {list(found)}.")
     twice = [name for name in found if found.count(name) > 1]
     if twice:
         raise InputError(f"class_names: expected a name of its own for each class, received {twice[0]!r} twice.")

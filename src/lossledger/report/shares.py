@@ -104,6 +104,7 @@ def class_tables(
         class_names: in their order, by output where there are several.
         history: rows of all epochs of the split, for the trend.
     """
+    outputs = {output_of(row.term) for row in final if row.role == "data"} - {""}
     by_output: dict[str, dict[str, dict[str, list[Row]]]] = {}
     for term in dict.fromkeys(row.term for row in final):
         if groups := class_groups(final, term):
@@ -112,7 +113,7 @@ def class_tables(
         main = next((t for t, groups in terms.items() if _form(groups) == "linear"), next(iter(terms)))
         listed = class_names.get(output) if isinstance(class_names, Mapping) else class_names
         names = _names_in_order([*terms[main], *chain.from_iterable(terms.values())], listed)
-        measured = _class_metrics(metrics, output, names)
+        measured = _class_metrics(metrics, output, outputs, names)
         trends = _trends(history, main)
         whole_count = sum(row.count for rows in terms[main].values() for row in rows)
         rows = []
@@ -198,8 +199,10 @@ def output_shares(final: Sequence[Row], tables: Sequence[ClassTable], loss: floa
         loss: of that epoch.
     """
     terms = list(_term_shares(final, tables, loss))
-    for name in dict.fromkeys(output_of(term.term) for term in terms):
-        own = tuple(term for term in terms if output_of(term.term) == name)
+    # The part of a regularizer's name before the stroke is its kind, not an output.
+    output = {term.term: output_of(term.term) if term.role == "data" else "" for term in terms}
+    for name in dict.fromkeys(output.values()):
+        own = tuple(term for term in terms if output[term.term] == name)
         contribution = exact_sum(term.contribution for term in own)
         yield OutputShare(name, contribution, quotient(contribution, loss), own)
 
@@ -257,14 +260,20 @@ def _names_in_order(found: Iterable[str], class_names: object) -> dict[str, None
 
 
 def _class_metrics(
-    metrics: Iterable[MetricRow], output: str, names: Collection[str]
+    metrics: Iterable[MetricRow], output: str, outputs: Collection[str], names: Collection[str]
 ) -> dict[str, dict[str, float | None]]:
     """Metrics by class that belong to an output, by their short name."""
     found: dict[str, dict[str, float | None]] = {}
     for metric in metrics:
-        if metric.group in names and output_of(metric.metric) in (output, ""):
+        if metric.group in names and _measured_output(metric.metric, outputs) in (output, ""):
             found.setdefault(metric.metric.rpartition("/")[2], {})[metric.group] = metric.value
     return found
+
+
+def _measured_output(metric: str, outputs: Collection[str]) -> str:
+    """The output of a metric, "mask" of "mask_iou"; of several that fit, the longest."""
+    fitting = [name for name in outputs if metric.startswith((f"{name}_", f"{name}/"))]
+    return max(fitting, key=len, default=output_of(metric))
 
 
 def quotient(numerator: float, divisor: float) -> float | None:
