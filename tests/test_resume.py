@@ -22,7 +22,7 @@ import lossledger as ll
 from interrupted import Kill, Killed
 from killing import Noisy
 from lossledger.errors import CheckpointError, InputError, InputTypeError
-from lossledger.training import backup, checkpoint
+from lossledger.training import backup, checkpoint, opening
 
 # These processes live on; what reaches the disk is tested by those that are killed.
 pytestmark = pytest.mark.usefixtures("no_sync")
@@ -496,6 +496,57 @@ def test_another_recipe_is_refused_by_name_and_nothing_is_touched(tmp_path, opti
         started(tmp_path / "a", model=model, resume=True, **options)
     assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()} == files
     assert equal([p.detach() for p in model.net.parameters()], before)
+
+
+NUMBERS = {"batch_size": SIZE, "accumulate": 2, "steps_per_epoch": 4, "validation_freq": 1, "ledger_steps": 2}
+CLIP, EMA = np.float32(0.1), np.float32(0.9)
+
+
+def clipped(plain):
+    """A model whose recipe has numbers of NumPy, or the plain numbers of the same value."""
+    clip, ema = (number.item() for number in (CLIP, EMA)) if plain else (CLIP, EMA)
+    return another(clip_norm=clip, ema=ema)
+
+
+def stored(folder):
+    return checkpoint.newest(folder / "run" / "checkpoints").state["recipe"]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_numbers_of_numpy_are_plain_numbers_in_the_recipe(tmp_path, plain):
+    given = [dict(NUMBERS), {name: np.int64(value) for name, value in NUMBERS.items()}]
+    whole = started(tmp_path / "whole", model=clipped(True), **NUMBERS)
+    with pytest.raises(Killed):
+        started(tmp_path / "a", moment=15, model=clipped(not plain), **given[plain])
+    assert stored(tmp_path / "a") == stored(tmp_path / "whole")
+    numbers = {name: stored(tmp_path / "a")[name] for name in (*NUMBERS, "clip_norm", "ema")}
+    assert numbers == {**NUMBERS, "clip_norm": CLIP.item(), "ema": EMA.item()}
+    resumed = started(tmp_path / "a", model=clipped(plain), resume=True, **given[not plain])
+    assert differing(whole, resumed) == []
+
+
+def test_a_run_of_an_earlier_version_may_hold_the_text_of_a_number(tmp_path, monkeypatch):
+    recipe, names = opening.recipe, {"validation_freq", "ledger_steps", "clip_norm", "ema"}
+
+    def earlier(*parts, **settings):
+        made = recipe(*parts, **settings)
+        texts = {"clip_norm": str(CLIP), "ema": str(EMA)}
+        return {name: texts.get(name, str(made[name])) if name in names else made[name] for name in made}
+
+    monkeypatch.setattr(opening, "recipe", earlier)
+    with pytest.raises(Killed):
+        started(tmp_path / "a", moment=15, model=clipped(False), **NUMBERS)
+    monkeypatch.undo()
+    held = {name: stored(tmp_path / "a")[name] for name in names}
+    assert held == {"validation_freq": "1", "ledger_steps": "2", "clip_norm": "0.1", "ema": "0.9"}
+    with pytest.raises(CheckpointError, match=r"recipe\. ledger_steps: expected '2' as in the run, received 3\. Pass"):
+        started(tmp_path / "a", model=clipped(True), resume=True, **{**NUMBERS, "ledger_steps": 3})
+    with pytest.raises(
+        CheckpointError, match=r"recipe\. clip_norm: expected '0\.1' as in the run, received 1e[+]300\. Pass"
+    ):
+        started(tmp_path / "a", model=another(clip_norm=1e300, ema=EMA), resume=True, **NUMBERS)
+    resumed = started(tmp_path / "a", model=clipped(True), resume=True, **NUMBERS)
+    assert differing(started(tmp_path / "whole", model=clipped(True), **NUMBERS), resumed) == []
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path):

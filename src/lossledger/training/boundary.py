@@ -233,26 +233,31 @@ def check_fit(
     resume: Any,
     ledger_steps: Any,
     writes: bool,
-) -> None:
+) -> tuple[int, int, int, int, int, int | None]:
     """The counts of `fit`, and its folder, which one process writes to.
+
+    Returns:
+        the counts in this order, numbers of NumPy as plain ones.
 
     Raises:
         InputError: a count that is not a whole number in its range, a folder that holds a run, or none to resume.
         InputTypeError: `resume` is no truth value.
     """
-    whole(batch_size, "batch_size")
-    whole(epochs, "epochs")
-    whole(accumulate, "accumulate")
-    whole(initial_epoch, "initial_epoch", 0)
-    whole(validation_freq, "validation_freq")
-    if ledger_steps is not None:
-        whole(ledger_steps, "ledger_steps")
+    counts = (
+        whole(batch_size, "batch_size"),
+        whole(epochs, "epochs"),
+        whole(accumulate, "accumulate"),
+        whole(initial_epoch, "initial_epoch", 0),
+        whole(validation_freq, "validation_freq"),
+        None if ledger_steps is None else whole(ledger_steps, "ledger_steps"),
+    )
     if not isinstance(resume, bool):
         raise InputTypeError(f"resume: expected True or False, received {resume!r}.")
     if resume and run_dir is None:
         raise InputError("resume: expected the folder of a run beside it, received run_dir=None. Pass run_dir.")
     if run_dir is not None and not resume and writes:
         new_run(Path(run_dir))
+    return counts
 
 
 def steps_of(steps: Any, available: int | None) -> int | None:

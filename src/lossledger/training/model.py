@@ -234,7 +234,7 @@ class Model(Placed):
         """
         group = self._group()
         writes = group.rank == 0
-        boundary.check_fit(
+        batch_size, epochs, accumulate, initial_epoch, validation_freq, ledger_steps = boundary.check_fit(
             batch_size, epochs, accumulate, initial_epoch, validation_freq, run_dir, resume, ledger_steps, writes
         )
         settings = self._require_compiled()

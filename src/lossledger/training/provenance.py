@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,9 +71,14 @@ def recipe(
     step = {"precision": str(plan.autocast or "float32"), "clip_norm": plan.clip_norm}
     whole = {**kept, **step, "weights": shapes, "data": _described(data), "validation data": _described(validation)}
     # Functions are known by their names: their addresses differ from process to process.
-    text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps({**whole, **settings}, default=str))
+    text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps({**whole, **settings}, default=_known))
     found: dict[str, Any] = json.loads(text)
     return found
+
+
+def _known(value: Any) -> Any:
+    """What JSON has no form for: numbers of NumPy are numbers, all else is known by its text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def _described(data: Data | None) -> Any:
@@ -91,8 +97,16 @@ def differences(run: Any, call: Any, where: str = "") -> Iterator[str]:
     if isinstance(run, Mapping) and isinstance(call, Mapping):
         for name in {**run, **call}:
             yield from differences(run.get(name), call.get(name), f"{where} {name}".lstrip())
-    elif run != call:
+    elif run != call and not _was_numpy(run, call):
         yield f"{where}: expected {run!r} as in the run, received {call!r}"
+
+
+def _was_numpy(run: Any, call: Any) -> bool:
+    """Whether the run holds the text of this number: earlier versions kept numbers of NumPy so."""
+    if not isinstance(run, str) or not isinstance(call, int | float):
+        return False
+    with np.errstate(over="ignore"):
+        return run == str(call) or (isinstance(call, float) and run == str(np.float32(call)))
 
 
 def _plain(class_weight: Any) -> Any:
