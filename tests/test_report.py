@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,7 +31,7 @@ from lossledger.report import as_json, as_markdown, as_text, build_view, display
 from lossledger.report.cells import against_cells, comparison_cells
 from lossledger.report.charts import MOST_POINTS, curve_specification, curves, runtime
 from lossledger.report.html import MOST_PICTURE_BYTES, load_pictures, render
-from lossledger.report.view import Comparison
+from lossledger.report.view import Comparison, ReportView
 
 CLASSES = ("road", "building", "tree", "car", "sign")
 HOSTILE = '</script><b>"x"</b>\'{{7*7}}\x1b[31m'
@@ -556,6 +556,27 @@ def test_many_classes_stay_small() -> None:
     ledger.append(rows, [MetricRow("validation", 1, "iou", f"class {i}", 0.5) for i in range(5000)])
     page = render(build_view(ledger))
     assert len(page) < 200_000 and "4900 more are in the ledger" in page
+
+
+@pytest.mark.parametrize("form", [as_text, as_markdown, render])
+def test_of_many_classes_those_that_add_most_are_shown(form: Callable[[ReportView], str]) -> None:
+    ledger = Ledger("many")
+    key = ("validation", 1, None, "categorical_crossentropy", "data", "linear")
+    ledger.append([Row(*key, "term", "", "", 600.0, 10_500, 10_500.0, 1.0, 10_500.0, 600 / 10_500, 0)])
+    # Two classes at the end bring half of the loss, and one has a single entry whose own loss is the highest.
+    counts = [50] * 150 + [1000, 1999, 1]
+    totals = [2.0] * 150 + [150.0, 145.0, 5.0]
+    rows = [
+        Row(*key, "class", f"class{i:03}", "", total, count, float(count), 1.0, 10_500.0, total / 10_500, 0)
+        for i, (total, count) in enumerate(zip(totals, counts, strict=True))
+    ]
+    ledger.append(rows)
+    said = re.sub(r"\s+", " ", form(build_view(ledger)))
+    table = said[said.index("own means are") :] if form is render else said[said.index("Classes; own means") :]
+    shown = re.findall(r"class\d{3}", table)
+    assert shown[:97] == [f"class{i:03}" for i in range(97)]
+    assert shown[97:100] == ["class150", "class151", "class152"]
+    assert "53 more are in the ledger" in table
 
 
 @pytest.mark.parametrize("names", [CLASSES, ("道路", "建築物" * 20, "x" * 200, HOSTILE, "é" * 30)])

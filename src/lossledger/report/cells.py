@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from lossledger.ledger import Diff, Slices
@@ -14,11 +14,13 @@ from lossledger.report.gap import GapView
 from lossledger.report.groups import SliceTable
 from lossledger.report.numbers import Style, display
 from lossledger.report.samples import SampleTable
-from lossledger.report.shares import ClassTable, OutputShare, TermShare
+from lossledger.report.shares import ClassRow, ClassTable, OutputShare, TermShare
 from lossledger.report.view import Comparison
 
 Cells = tuple[list[str], list[list[str]]]
 MOST_CLASSES = 12
+# Rows of a class table in text; a page has its own limit.
+MOST_ROWS = 100
 
 
 def share_cells(outputs: Sequence[OutputShare]) -> Cells:
@@ -54,6 +56,26 @@ class Column:
     head: str
     style: Style
     values: tuple[float | None, ...]
+
+
+def foremost(table: ClassTable, most: int, named: ClassRow | None = None) -> ClassTable:
+    """A class table of `most` rows at most: those that add most to the loss, in the order of the table.
+
+    Args:
+        table: of one output.
+        most: rows to keep.
+        named: a row that a sentence speaks of, kept whatever it adds.
+    """
+    if len(table.rows) <= most:
+        return table
+
+    def rank(row: ClassRow) -> tuple[bool, bool, float]:
+        # A share that is not a number comes before all that are, one that nobody knows after them.
+        share = math.inf if row.share is None or math.isnan(row.share) else row.share
+        return row != named, row.share is None, -share
+
+    kept = sorted(range(len(table.rows)), key=lambda position: rank(table.rows[position]))[:most]
+    return replace(table, rows=tuple(table.rows[position] for position in sorted(kept)))
 
 
 def class_columns(table: ClassTable) -> list[Column]:

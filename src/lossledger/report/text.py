@@ -73,7 +73,10 @@ def _run_parts(run: RunView, form: _Form) -> Iterator[str]:
     for classes in run.tables:
         of = f" of {classes.output}" if classes.output else ""
         yield form.heading(f"Classes{of}; own means of {classes.term}", 3)
-        yield form.table(*cells.class_table_cells(classes))
+        shown = cells.foremost(classes, cells.MOST_ROWS, run.verdict.hidden.row if run.verdict.hidden else None)
+        yield form.table(*cells.class_table_cells(shown))
+        if left := len(classes.rows) - len(shown.rows):
+            yield form.paragraph(f"{left:,} more are in the ledger; of all classes, these add most to the loss.")
     for worst in run.samples:
         yield form.heading(f"Worst samples, {worst.split}, epoch {worst.epoch}", 3)
         yield form.table(*cells.sample_cells(worst))
