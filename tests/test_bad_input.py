@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import lossledger as ll
 from lossledger.errors import (
@@ -650,6 +651,18 @@ DATA = [
     row("batch-size-fraction", lambda: fit(batch_size=2.5), InputError, "batch_size", "2.5"),
     row("batch-size-in-evaluate", lambda: model().evaluate(X, Y, batch_size=0), InputError, "batch_size"),
     row("batch-size-in-predict", lambda: model().predict(X, batch_size=0), InputError, "batch_size"),
+    *(
+        row(f"batch-size-beside-{name}", make, InputError, "batch_size", "iterable", "received 4", "Leave it out")
+        for name, make in (
+            ("a-list", lambda: fit(x=[(X, Y)], y=None, batch_size=4)),
+            ("a-loader", lambda: fit(x=DataLoader(TensorDataset(X, Y), 2), y=None, batch_size=4)),
+            ("a-generator", lambda: fit(x=(pair for pair in [(X, Y)]), y=None, batch_size=4)),
+            ("lists", lambda: fit(x=[(X, Y)], y=None, validation_data=[(X, Y)], batch_size=4)),
+            ("a-list-in-evaluate", lambda: model().evaluate([(X, Y)], batch_size=4, verbose=0)),
+            ("a-list-in-predict", lambda: model().predict([(X, Y)], batch_size=4)),
+            ("lists-in-gap", lambda: ll.gap(model(), [(X, Y)] * 2, validation_data=[(X, Y)], batch_size=4)),
+        )
+    ),
     row("epochs-zero", lambda: fit(epochs=0), InputError, "epochs", "0"),
     row("verbose", lambda: fit(verbose=3), InputError, "verbose", "3"),
     row("callback", lambda: fit(callbacks=[3]), InputTypeError, "callbacks", "int", "Callback"),
@@ -715,6 +728,29 @@ def test_a_weight_of_length_batch_is_per_sample_also_when_it_equals_the_time_axi
     weight = labels(1.0, 2.0, 4.0)
     assert float(mse(y, p, weight)) == pytest.approx(float((rows * weight).mean()), rel=1e-6)
     assert float(mse(y, p, mask=labels(True, False, False))) == pytest.approx(float(rows[0]), rel=1e-6)
+
+
+def test_a_batch_size_beside_batches_divides_arrays_of_the_other_side():
+    made = model()
+    sizes = []
+    made.net.register_forward_hook(lambda net, given, output: sizes.append(len(output)))
+    fit(made, [(X, Y)], None, validation_data=(X, Y), batch_size=1, checks="off")
+    assert sizes.count(len(X)) == 1 and sizes.count(1) == len(X)
+    sizes.clear()
+    fit(made, X, Y, validation_data=[(X, Y)], batch_size=1, checks="off")
+    assert sizes.count(len(X)) == 1 and sizes.count(1) == len(X)
+
+
+def test_without_a_batch_size_arrays_are_divided_by_32():
+    made, x = model(), torch.zeros(70, 3)
+    sizes = []
+    made.predict(x)
+    made.net.register_forward_hook(lambda net, given, output: sizes.append(len(output)))
+    made.predict(x, batch_size=None)
+    assert sizes == [32, 32, 6]
+    sizes.clear()
+    assert made.evaluate([(x[:5], x[:5, :1]), (x[:3], x[:3, :1])], verbose=0) >= 0
+    assert sizes == [5, 3]
 
 
 # --- a loss that is not finite -------------------------------------------------------------------------------------

@@ -330,7 +330,7 @@ def test_batches_of_an_iterable_are_filled_up_and_checked():
         return [(X[end - size : end], SOME[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
     plain, jitted = (
-        fitted(jit, network(), batches([16, 16, 4, 16]), None, {"loss": BCE}, batch_size=1) for jit in (False, True)
+        fitted(jit, network(), batches([16, 16, 4, 16]), None, {"loss": BCE}, batch_size=None) for jit in (False, True)
     )
     check_same(plain, jitted)
     # One for batches as they are, and one for those that are filled up.

@@ -176,7 +176,8 @@ def started(folder, case="plain", kind="arrays", moment=None, save_freq=1, model
     every = [] if save_freq is None else [C.BackupAndRestore(save_freq)]
     kill = [] if moment is None else [Kill(moment)]
     folder.mkdir(exist_ok=True)
-    settings = {"epochs": EPOCHS, "batch_size": SIZE, "verbose": 0, "seed": 0, **fitting, **options}
+    size = SIZE if kind == "arrays" else None
+    settings = {"epochs": EPOCHS, "batch_size": size, "verbose": 0, "seed": 0, **fitting, **options}
     history = model.fit(*arguments, callbacks=[*kill, *used, *every], run_dir=folder / "run", **settings)
     return result(folder, model, history, used)
 
@@ -587,7 +588,7 @@ def test_other_data_in_an_iterable_are_refused(tmp_path):
     batches = list(zip((x + 1).split(5), y.split(5), strict=True))
     model = another()
     with pytest.raises(CheckpointError, match="first batch of the interrupted epoch is not the one"):
-        model.fit(batches, batch_size=5, epochs=3, seed=0, run_dir=tmp_path / "a" / "run", resume=True, verbose=0)
+        model.fit(batches, epochs=3, seed=0, run_dir=tmp_path / "a" / "run", resume=True, verbose=0)
 
 
 def test_a_stateful_loader_whose_epochs_are_cut_is_refused(tmp_path):

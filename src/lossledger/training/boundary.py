@@ -18,13 +18,14 @@ from lossledger.distributed import at_rest
 from lossledger.errors import EmptyDataError, InputError, InputTypeError, LossledgerError, UnknownNameError
 from lossledger.forward import run_forward
 from lossledger.objective import Objective, unpacked
-from lossledger.training.data import ArrayData, Data, IterableData, is_arrays, make_data, read_batch
+from lossledger.training.data import ArrayData, Data, IterableData, check_kind, is_arrays, make_data, read_batch
 from lossledger.training.known import Assumed, Check, Known, form_of, stand_in
 from lossledger.training.modes import evaluating
 from lossledger.training.step import StepPlan
 from lossledger.values import is_number
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+BATCH_SIZE = 32
 POLICIES = ("raise", "skip", "record")
 
 
@@ -212,19 +213,40 @@ def whole(value: Any, name: str, least: int = 1) -> int:
     return int(value)
 
 
-def check_pass(batch_size: Any, steps: Any) -> None:
-    """The counts of a pass over data.
+def batch_size_of(given: Any, x: Any, validation: Any = None) -> int:
+    """The batch size given, or the usual one.
+
+    Args:
+        given: as in `fit`.
+        x: as in `fit`; an iterable has batches of its own.
+        validation: as in `fit`; arrays are divided also beside an iterable.
 
     Raises:
-        InputError: a count that is not a whole number in its range.
+        InputError: not a whole number, or beside nothing that it could divide.
     """
-    whole(batch_size, "batch_size")
+    if given is None:
+        return BATCH_SIZE
+    size = whole(given, "batch_size")
+    if not is_arrays(x) and not is_arrays(validation):
+        check_kind(x)
+        raise InputError(
+            f"batch_size: x is an iterable of batches, which have their own sizes; expected no batch_size beside it, "
+            f"received {size}. Leave it out; a DataLoader takes it."
+        )
+    return size
+
+
+def check_pass(steps: Any) -> None:
+    """The count of a pass over data.
+
+    Raises:
+        InputError: not a whole number in its range.
+    """
     if steps is not None:
         whole(steps, "steps")
 
 
 def check_fit(
-    batch_size: Any,
     epochs: Any,
     accumulate: Any,
     initial_epoch: Any,
@@ -233,7 +255,7 @@ def check_fit(
     resume: Any,
     ledger_steps: Any,
     writes: bool,
-) -> tuple[int, int, int, int, int, int | None]:
+) -> tuple[int, int, int, int, int | None]:
     """The counts of `fit`, and its folder, which one process writes to.
 
     Returns:
@@ -244,7 +266,6 @@ def check_fit(
         InputTypeError: `resume` is no truth value.
     """
     counts = (
-        whole(batch_size, "batch_size"),
         whole(epochs, "epochs"),
         whole(accumulate, "accumulate"),
         whole(initial_epoch, "initial_epoch", 0),

@@ -30,7 +30,7 @@ def gap(
     x: Any,
     y: Any = None,
     validation_data: Any = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     batches: int = 8,
     sample_weight: Any = None,
     mask: Any = None,
@@ -48,7 +48,7 @@ def gap(
         x: training inputs, as in `fit`.
         y: as in `fit`.
         validation_data: as in `fit`.
-        batch_size: of both.
+        batch_size: of both, where they are arrays, as in `fit`.
         batches: how many training batches to measure, from all over the data.
         sample_weight: as in `fit`.
         mask: as in `fit`.
@@ -73,7 +73,7 @@ def gap(
         (0.0, 0.0)
     """
     check_measurable(model.net, "gap")
-    boundary.whole(batch_size, "batch_size")
+    batch_size = boundary.batch_size_of(batch_size, x, validation_data)
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 2:
         raise InputError(f"gap: expected a whole number from 2 for batches, received {batches!r}.")
     if validation_data is None:

@@ -167,7 +167,7 @@ class Model(Placed):
         self,
         x: Any,
         y: Any = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         epochs: int = 1,
         accumulate: int = 1,
         verbose: Any = "auto",
@@ -197,7 +197,8 @@ class Model(Placed):
             x: inputs (an array, or a dict, tuple or list of arrays), or an iterable, such as a list or a DataLoader, of
                 batches `(x, y)`, `(x, y, sample_weight)` or `lossledger.Batch`. A tuple is never taken for batches.
             y: targets, by output where there are several; not beside an iterable.
-            batch_size: samples of a batch; the last batch of an epoch may be smaller.
+            batch_size: samples of a batch of arrays, 32 if not given; the last batch of an epoch may be smaller. Not
+                beside an iterable.
             epochs: number of the last epoch.
             accumulate: batches of an optimizer step; its gradient is that of one batch of all their samples. The last
                 step of an epoch may have fewer. Steps of callbacks, progress and ledger are optimizer steps.
@@ -234,8 +235,9 @@ class Model(Placed):
         """
         group = self._group()
         writes = group.rank == 0
-        batch_size, epochs, accumulate, initial_epoch, validation_freq, ledger_steps = boundary.check_fit(
-            batch_size, epochs, accumulate, initial_epoch, validation_freq, run_dir, resume, ledger_steps, writes
+        batch_size = boundary.batch_size_of(batch_size, x, validation_data)
+        epochs, accumulate, initial_epoch, validation_freq, ledger_steps = boundary.check_fit(
+            epochs, accumulate, initial_epoch, validation_freq, run_dir, resume, ledger_steps, writes
         )
         settings = self._require_compiled()
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype(), groups))
@@ -325,7 +327,7 @@ class Model(Placed):
         self,
         x: Any,
         y: Any = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         verbose: Any = "auto",
         sample_weight: Any = None,
         mask: Any = None,
@@ -340,7 +342,7 @@ class Model(Placed):
         Args:
             x: as in `fit`.
             y: as in `fit`.
-            batch_size: samples of a batch.
+            batch_size: as in `fit`.
             verbose: as in `fit`.
             sample_weight: as in `fit`.
             mask: as in `fit`.
@@ -353,7 +355,8 @@ class Model(Placed):
         Returns:
             the loss, or a list of the loss and the other numbers, or a dict.
         """
-        boundary.check_pass(batch_size, steps)
+        batch_size = boundary.batch_size_of(batch_size, x)
+        boundary.check_pass(steps)
         self._require_compiled()
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype(), groups))
         plan, group, device = self._compiled().plan, self._group(), self._device()
@@ -369,18 +372,19 @@ class Model(Placed):
         return as_keras(result.logs, return_dict)
 
     @sharing.on_all_ranks
-    def predict(self, x: Any, batch_size: int = 32, verbose: Any = 0, steps: int | None = None) -> Any:
+    def predict(self, x: Any, batch_size: int | None = None, verbose: Any = 0, steps: int | None = None) -> Any:
         """What the model returns, as NumPy arrays in the structure of its outputs.
 
         A number without a batch axis beside the outputs comes as one value a batch.
 
         Args:
             x: inputs, or an iterable of inputs or of batches `(x, y)`.
-            batch_size: samples of a batch.
+            batch_size: as in `fit`.
             verbose: as in `fit`.
             steps: number of batches, if not all.
         """
-        boundary.check_pass(batch_size, steps)
+        batch_size = boundary.batch_size_of(batch_size, x)
+        boundary.check_pass(steps)
         autocast = None if self._settings is None else self._settings.autocast
         return prediction.predict(
             self.net, self._forward.call, x, batch_size, steps, autocast, self._device(), self._dtype()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lossledger.distributed import Group, joined, together
 from lossledger.forward import Forward
@@ -18,11 +17,9 @@ from lossledger.training.summary import summary_table
 
 def device_of(net: nn.Module) -> torch.device:
     """Where a module is: its parameters, or the buffers of one that has none."""
-    return next((tensor.device for tensor in _tensors(net)), torch.device("cpu"))
-
-
-def _tensors(net: nn.Module) -> Iterator[Tensor]:
-    return chain(net.parameters(), net.buffers())
+    # Every call asks: most have a parameter, and need no more than that one.
+    first = next(net.parameters(), None)
+    return next((buffer.device for buffer in net.buffers()), torch.device("cpu")) if first is None else first.device
 
 
 class Placed:
@@ -62,7 +59,8 @@ class Placed:
 
     def _dtype(self) -> torch.dtype:
         """The dtype that floating NumPy arrays take: that of the parameters, or of buffers."""
-        return next((t.dtype for t in _tensors(self.net) if t.is_floating_point()), torch.get_default_dtype())
+        tensors = chain(self.net.parameters(), self.net.buffers())
+        return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
 
     def _device(self) -> torch.device:
         return device_of(self.net)
