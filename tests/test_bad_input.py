@@ -219,6 +219,12 @@ WEIGHTS = [
     row("class-index-negative", lambda: sparse_fit(Y2["a"], class_weight={-1: 1.0}), UnknownNameError, "-1"),
     row("class-name-without-names", lambda: sparse_fit(Y2["a"], class_weight={"cat": 1.0}), UnknownNameError, "'cat'"),
     row(
+        "class-number-as-text",
+        lambda: sparse_fit(Y2["a"], class_weight={"1": 1.0}),
+        UnknownNameError,
+        *("without class_names a class is a whole number", "'1'"),
+    ),
+    row(
         "class-name",
         lambda: fit(
             model(nn.Linear(3, 3), SPARSE, class_names=["cat", "dog", "emu"]), X, Y2["a"], class_weight={"dgo": 2.0}
@@ -496,6 +502,13 @@ MAKING = [
     row("orthogonal-vector", lambda: fit(model(regularizers={"bias": "orthogonal"})), InputError, "matrix", "(1,)"),
     row("regularizers-without-model", lambda: regularized_call(), InputError, "model=net"),
     row("dice-from-logits", lambda: L.Dice(from_logits=True), InputError, "'sigmoid'", "'softmax'"),
+    row("focal-alphas", lambda: L.BinaryFocalCrossentropy(alpha=[0.1, 0.9]), InputTypeError, "alpha", "[0.1, 0.9]"),
+    row(
+        "focal-alphas-short",
+        lambda: L.CategoricalFocalCrossentropy([0.25, 0.75])(torch.eye(3), torch.eye(3)),
+        InputError,
+        *("alpha", "3 classes", "[0.25, 0.75]"),
+    ),
     row("tversky-alpha", lambda: L.Tversky(alpha=-1), InputError, "alpha", "-1"),
     row("tally-of-none", lambda: L.Huber(reduction="none").tally(zeros(1, 1), zeros(1, 1)), InputError, "'none'"),
     row("fit-of-none", lambda: fit(model(loss=L.Huber(reduction=None))), InputError, "'none'", "Choose"),

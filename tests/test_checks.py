@@ -123,6 +123,16 @@ def test_codes_are_ignored_by_name():
         ll.check(**setup, ignore=("SPACE9",))
 
 
+def test_only_losses_with_a_class_axis_are_told_to_pass_it():
+    targets = torch.eye(3)[torch.arange(60).reshape(4, 15) % 3].movedim(-1, 1)
+    output = normal(4, 3, 15)
+    (found,) = ll.check(ll.losses.CategoricalCrossentropy(from_logits=True), targets, output, ignore=("CLS", "TERM"))
+    assert found.code == "AXIS1" and found.remedy.endswith("or pass axis=1.")
+    # There, axis is that of the sums.
+    found = [f for f in ll.check(ll.losses.Dice(from_logits="softmax"), targets, output) if f.code == "AXIS1"]
+    assert [f.remedy for f in found] == ["Move the classes to the end, for example movedim(1, -1)."]
+
+
 def test_an_error_that_no_rule_explains_is_raised():
     with pytest.raises(InputError, match="labels must be integers"):
         ll.check(nn.CrossEntropyLoss(), torch.tensor([0, 7]), normal(2, 3))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossledger.errors import InputError
+from lossledger.errors import InputError, InputTypeError
 from lossledger.losses.aligned import Aligned
 from lossledger.losses.classification import EPSILON, BinaryCrossentropy, CategoricalCrossentropy, normalised
 from lossledger.reduction import Reduction
@@ -58,6 +58,11 @@ class BinaryFocalCrossentropy(BinaryCrossentropy):
         dtype: str | torch.dtype | None = None,
     ) -> None:
         super().__init__(from_logits, label_smoothing, axis, reduction, name, dtype)
+        if isinstance(alpha, list | tuple) or getattr(alpha, "ndim", 0) > 0:
+            raise InputTypeError(
+                f"{self.name}: expected one number as alpha, the weight of entries where a class is present; received "
+                f"{alpha!r}. For a number a class use class_weight."
+            )
         if gamma < 0 or not 0 <= alpha <= 1:
             raise InputError(f"{self.name}: expected gamma >= 0 and alpha in [0, 1], received {gamma!r} and {alpha!r}.")
         self.apply_class_balancing = apply_class_balancing
@@ -122,6 +127,11 @@ class CategoricalFocalCrossentropy(CategoricalCrossentropy):
         p = batch.prediction.softmax() if self.from_logits else batch.prediction.raw
         q = normalised(p)
         alpha = torch.as_tensor(self.alpha, dtype=q.dtype).to(q.device, non_blocking=True)
+        if alpha.ndim and alpha.shape not in ((1,), q.shape[-1:]):
+            raise InputError(
+                f"{batch.where}: alpha must be one number, or one for each of the {q.shape[-1]} classes; received "
+                f"{alpha.tolist()}."
+            )
         entries = (alpha * (1 - q) ** self.gamma * (-y * q.log())).sum(-1, keepdim=True)
         return entries if self.from_logits else self._flagged_entry(entries, batch.prediction)
 

@@ -188,7 +188,8 @@ def _indexed(class_weight: ClassWeight | None, class_names: tuple[str, ...] | No
     found: dict[Any, float] = {}
     for key, value in class_weight.items():
         if isinstance(key, str) and (class_names is None or key not in class_names):
-            raise UnknownNameError(f"class in class_weight of {where}", key, class_names or ())
+            hint = "" if class_names else "; without class_names a class is a whole number, not text"
+            raise UnknownNameError(f"class in class_weight of {where}{hint}", key, class_names or ())
         found[class_names.index(key) if isinstance(key, str) and class_names is not None else key] = value
     return found
 

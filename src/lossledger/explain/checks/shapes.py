@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ from lossledger.errors import InputError
 from lossledger.explain.checks.case import Case, TermCase
 from lossledger.explain.checks.finding import Finding
 from lossledger.losses.custom import TorchLoss
+from lossledger.losses.loss import Loss
+from lossledger.losses.ratio import Overlap
 
 # Samples that a probe calls a loss with.
 PROBED = 64
@@ -128,9 +131,15 @@ def _axis_finding(term: TermCase, severity: str, axis: int, other: int, evidence
         severity,  # type: ignore[arg-type]
         f"{term.name}: the loss reads the classes on axis {axis} of {tuple(term.y_pred.shape)}, but {evidence} to 1 "
         f"over axis {other} and not over axis {axis}.",
-        f"Move the classes to the end, for example movedim({other}, -1), or pass axis={other}.",
+        f"Move the classes to the end, for example movedim({other}, -1)"
+        + (f", or pass axis={other}." if _takes_class_axis(term.loss) else "."),
         {"term": term.name, "axis": axis, "other": other},
     )
+
+
+def _takes_class_axis(loss: Loss) -> bool:
+    """Whether `axis` is that of the classes: in overlap losses it is that of the sums."""
+    return not isinstance(loss, Overlap) and "axis" in inspect.signature(type(loss)).parameters
 
 
 def _sums_to_one(values: Tensor, axis: int) -> bool:
