@@ -160,8 +160,8 @@ def test_steps_that_are_left_out_count_in_no_group():
 @pytest.mark.parametrize("every", [1, 3, 50])
 def test_groups_of_steps_add_up_to_those_of_epochs(loss, loader, every):
     given = (batches(),) if loader else data()
-    more = {} if loader else {"groups": GROUPS}
-    options = {"batch_size": 4, "epochs": 2, "seed": 1, "verbose": 0, "accumulate": 2, **more}
+    more = {} if loader else {"groups": GROUPS, "batch_size": 4}
+    options = {"epochs": 2, "seed": 1, "verbose": 0, "accumulate": 2, **more}
     ledger = model(LOSSES[loss]()).fit(*given, ledger_steps=every, **options).ledger
     assert not ledger.balance()
     for kind in GROUPS:
@@ -182,8 +182,8 @@ def test_groups_of_steps_add_up_to_those_of_epochs(loss, loader, every):
 def test_a_resumed_run_has_every_sample_of_a_group_once(tmp_path, step, loader):
     def fitted(groups=GROUPS, **options):
         given = (batches(),) if loader else data()
-        more = {} if loader else {"groups": groups}
-        more |= {"batch_size": 4, "epochs": 2, "seed": 1, "verbose": 0, "ledger_steps": 3}
+        more = {} if loader else {"groups": groups, "batch_size": 4}
+        more |= {"epochs": 2, "seed": 1, "verbose": 0, "ledger_steps": 3}
         return model(LOSSES["several"]()).fit(*given, **more, **options).ledger
 
     backup = ll.callbacks.BackupAndRestore(save_freq=1)

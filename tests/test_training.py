@@ -75,7 +75,8 @@ def compiled(net=None, loss="mse", optimizer="sgd", **options):
 
 
 def fit(model, x, y=None, **options):
-    return model.fit(x, y, **{"verbose": 0, "shuffle": False, "batch_size": 5, **options})
+    sizes = {} if y is None else {"batch_size": 5}
+    return model.fit(x, y, **{"verbose": 0, "shuffle": False, **sizes, **options})
 
 
 def squared(net, x, y):
