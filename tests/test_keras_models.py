@@ -870,6 +870,13 @@ def test_a_metric_of_keras_is_the_number_of_keras(metric, weighted):
     assert mine[0] == mine[1]
 
 
+def test_a_metric_with_several_thresholds_has_no_one_number():
+    # Its values would stand beside the classes 0 and 1, and their mean is nobody's recall.
+    with pytest.raises(errors.InputError, match=r"one threshold, received \[0\.2, 0\.8\]"):
+        ll.metrics.get(keras.metrics.Recall(thresholds=[0.2, 0.8]))
+    assert ll.metrics.get(keras.metrics.Precision(thresholds=[0.2], name="p")).name == "p"
+
+
 def test_a_mask_counts_in_every_metric():
     """The exact difference: Keras ignores the mask in AUC and the like; here masked entries have weight 0."""
     i = keras.Input((5,), dtype="int32")

@@ -226,6 +226,7 @@ class KerasMetric(Stateful):
 
     Raises:
         InputTypeError: no metric of Keras.
+        InputError: a metric with several thresholds.
 
     Source: keras.metrics 3.15.
     """
@@ -236,6 +237,12 @@ class KerasMetric(Stateful):
         if not is_keras_metric(metric):
             raise InputTypeError(f"Expected a metric object of Keras (update_state, result), received {metric!r}.")
         super().__init__(name or str(metric.name))
+        several = getattr(metric, "init_thresholds", None)
+        if isinstance(several, list | tuple) and len(several) > 1:
+            raise InputError(
+                f"{self.name}: a metric is one number, and with several thresholds it would be several, of no class; "
+                f"expected one threshold, received {list(several)}. Make a metric for each, with a name of its own."
+            )
         self.metric = metric
         # Sums of an interrupted epoch, until the first batch makes the variables that they belong to.
         self._waiting: list[Tensor] = []
