@@ -217,7 +217,12 @@ WEIGHTS = [
     row("class-nan", lambda: sparse_fit(Y2["a"], class_weight={0: NAN}), InputError, "class_weight", "nan"),
     row("class-index", lambda: sparse_fit(Y2["a"], class_weight={7: 1.0}), UnknownNameError, "class_weight", "7"),
     row("class-index-negative", lambda: sparse_fit(Y2["a"], class_weight={-1: 1.0}), UnknownNameError, "-1"),
-    row("class-name-without-names", lambda: sparse_fit(Y2["a"], class_weight={"cat": 1.0}), UnknownNameError, "'cat'"),
+    row(
+        "class-name-without-names",
+        lambda: sparse_fit(Y2["a"], class_weight={"cat": 1.0}),
+        UnknownNameError,
+        *("'cat'", "without class_names"),
+    ),
     row(
         "class-number-as-text",
         lambda: sparse_fit(Y2["a"], class_weight={"1": 1.0}),

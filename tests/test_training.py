@@ -963,6 +963,15 @@ def test_learning_rates_follow_the_schedule(callback, expected):
     assert rates(callback) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("callback", [lambda s: s, C.LearningRateScheduler], ids=["as-it-is", "wrapped"])
+def test_a_scheduler_of_another_optimizer_is_refused(callback):
+    model = compiled()
+    stale = lr.ExponentialLR(model.optimizer, 0.5)
+    model.compile("sgd", "mse")
+    with pytest.raises(ll.errors.InputError, match=r"ExponentialLR has another optimizer than this model"):
+        fit(model, *data(), callbacks=[callback(stale)])
+
+
 @pytest.mark.parametrize(
     "schedule",
     [

@@ -443,6 +443,21 @@ def test_a_declared_scalar_is_exact(declared):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize(
+    "single",
+    [
+        ll.Batch(torch.ones(2, 1), torch.ones(2, 1)),
+        (torch.ones(2, 1), torch.ones(2, 1)),
+        [np.ones((2, 1)), np.ones((2, 1))],
+        None,
+    ],
+    ids=["batch", "tuple", "list", "nothing"],
+)
+def test_one_batch_instead_of_a_list_is_refused(single):
+    with pytest.raises(ll.errors.InputTypeError, match=r"Put a single one in a list: \[batch\]"):
+        ll.Objective("mse").step(single, nn.Linear(1, 1))
+
+
 def test_a_window_without_batches_or_targets_is_refused():
     with pytest.raises(ll.errors.EmptyDataError, match="micro-batch"):
         ll.Objective("mse").step([], mlp())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +84,11 @@ def holds_arrays(value: Sequence[Any]) -> bool:
     first = value[0]
     if isinstance(first, list | tuple):
         return holds_arrays(first)
-    if first is None or isinstance(first, Tensor | np.ndarray | Mapping):
-        return True
-    return hasattr(first, "__array__") and not isinstance(first, np.generic)
+    return first is None or isinstance(first, Mapping) or _is_array(first)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray) or (hasattr(value, "__array__") and not isinstance(value, np.generic))
 
 
 def to_tensor(value: Any, what: str, dtype: torch.dtype) -> Tensor:
@@ -141,6 +143,21 @@ def _by_key(item: Mapping[Any, Any]) -> str:
         f"{received} Give the tuple or lossledger.Batch instead, from a DataLoader by its collate_fn, for example: "
         f"def collate(samples): b = torch.utils.data.default_collate(samples); return lossledger.Batch({parts})"
     )
+
+
+def as_batches(given: Any) -> list[Batch]:
+    """The micro-batches of a window.
+
+    Raises:
+        InputTypeError: one batch that stands in no list, or something that holds no batches.
+    """
+    single = isinstance(given, Batch) or (isinstance(given, list | tuple) and bool(given) and _is_array(given[0]))
+    if single or not isinstance(given, Iterable):
+        received = "one batch" if single else type(given).__name__
+        raise InputTypeError(
+            f"batches: expected an iterable of micro-batches, received {received}. Put a single one in a list: [batch]."
+        )
+    return [as_batch(item, i) for i, item in enumerate(given)]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

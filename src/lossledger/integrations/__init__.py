@@ -72,4 +72,6 @@ def _not_a_module(net: Any) -> InputTypeError:
             "configuration of the model load there."
         )
     refuse_tensorflow(net, "Model")
-    return InputTypeError(f"Model: expected a torch.nn.Module, received {type(net).__name__}. ")
+    return InputTypeError(
+        f"Model: expected a torch.nn.Module, received {type(net).__name__}. Call it in the forward of a module."
+    )

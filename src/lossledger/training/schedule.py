@@ -39,6 +39,13 @@ class LearningRateScheduler(Callback):
         made_of = self.schedule.func if isinstance(self.schedule, functools.partial) else self.schedule
         if self._scheduler is None and isinstance(made_of, type) and issubclass(made_of, _SCHEDULER):
             self._scheduler = self.schedule(self.model.optimizer)
+        optimizer = getattr(self._scheduler, "optimizer", self.model.optimizer)
+        if optimizer is not self.model.optimizer:
+            raise InputError(
+                f"callbacks: {type(self._scheduler).__name__} has another optimizer than this model, and would not "
+                f"change its rates; expected the {type(self.model.optimizer).__name__} of compile. Make the scheduler "
+                "of model.optimizer after compile, or pass its class to LearningRateScheduler."
+            )
 
     def on_epoch_begin(self, epoch: int, logs: Logs) -> None:
         """Set the rate of the epoch."""

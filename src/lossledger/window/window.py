@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossledger.batch import Batch, as_batch, leaves, map_structure, to_device, to_tensor
+from lossledger.batch import Batch, as_batches, leaves, map_structure, to_device, to_tensor
 from lossledger.distributed import (
     LONE_SHARE,
     Share,
@@ -414,7 +414,7 @@ def opened(
 ) -> Iterator[Window]:
     """A window over what a caller gives; see `Objective.window`."""
     parameter = None if model is None else next((p for p in model.parameters() if p.is_floating_point()), None)
-    found = [_converted(as_batch(item, i), parameter) for i, item in enumerate(batches)]
+    found = [_converted(batch, parameter) for batch in as_batches(batches)]
     if model is not None:
         at_rest(model)
     group = joined(process_group, None if parameter is None else parameter.device)
