@@ -737,6 +737,39 @@ def refused(world):
         ll.Model(nn.Linear(1, 1), process_group=3).fit(x, y)
 
 
+@case("arrays", "targets", "weights", "validation", "batch_size", "steps_per_epoch", "epochs", "shuffle", "none")
+def ranks_that_were_given_something_else_are_refused(world, what):
+    """Shares of equal length, by hand, would train on a part of the data; other sizes on some of it twice."""
+    (x, y), later = pairs(), world.rank > 0
+    batches, given = [(x, y)], {"x": x, "y": y, "verbose": 0}
+    given |= {
+        "arrays": {"x": x.roll(int(later), 0)},
+        "targets": {"y": y.roll(int(later), 0)},
+        "weights": {"sample_weight": torch.arange(1.0, N + 1).roll(int(later))},
+        "validation": {"validation_data": (x.roll(int(later), 0), y)},
+        "batch_size": {"batch_size": 4 + later},
+        "steps_per_epoch": {"batch_size": 4, "steps_per_epoch": 1 + later},
+        "epochs": {"x": batches, "y": None, "epochs": 1 + later},
+        "shuffle": {"shuffle": later},
+        "none": {"validation_data": None if later else batches},
+    }[what]
+    named = {"arrays": "x", "targets": "x", "weights": "x", "validation": "validation data", "none": "validation data"}
+    model = simple()
+    with pytest.raises((InputError, RankError), match=f"{named.get(what, what)}: expected the same"):
+        model.fit(**given)
+    if what in ("arrays", "targets", "weights"):
+        with pytest.raises((InputError, RankError), match="x: expected the same arrays on every rank"):
+            model.evaluate(**given)
+
+
+@case()
+def arrays_that_differ_by_rounding_are_the_same(world):
+    x, y = pairs()
+    x = x * (1 + 1e-7 * world.rank)
+    x[0, 0], x[-1, 1] = float("nan"), float("inf")
+    simple(on_nonfinite="skip").fit(x, y, sample_weight=torch.ones(N, dtype=torch.bool), verbose=0)
+
+
 @case()
 def batch_normalization_warns(world):
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()

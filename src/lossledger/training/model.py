@@ -246,7 +246,18 @@ class Model(Placed):
         optimizers.check_trainable(plan.parameters)
         data, held = boundary.validation(data, validation_split, validation_data, self._dtype())
         steps = boundary.steps_of(steps_per_epoch, data.steps(batch_size))
-        sharing.check_shared(group, plan.objective, data, held)
+        sharing.check_shared(
+            group,
+            plan.objective,
+            {"x": data, "validation data": held},
+            batch_size=batch_size,
+            accumulate=accumulate,
+            epochs=epochs,
+            initial_epoch=initial_epoch,
+            steps_per_epoch=steps_per_epoch,
+            shuffle=bool(shuffle),
+            validation_freq=validation_freq,
+        )
         known = compiled.known_to(group)
         assumed = boundary.check_targets_of_all(plan, compiled.plan, data, held, device, known)
         boundary.warn_if_trainable_changed(plan, self._forward.named_parameters())
@@ -361,7 +372,7 @@ class Model(Placed):
         data = self._built(make_data(x, y, sample_weight, mask, self._dtype(), groups))
         plan, group, device = self._compiled().plan, self._group(), self._device()
         assumed = boundary.check_targets(plan, data, device, self._compiled().known_to(group))
-        sharing.check_shared(group, plan.objective, data)
+        sharing.check_shared(group, plan.objective, {"x": data}, batch_size=batch_size, steps=steps)
         with Show(verbose if group.rank == 0 else 0) as show:
             kept = numbering(data, group, again=False) if check_samples(samples) else None
             metrics = self._compiled().metrics

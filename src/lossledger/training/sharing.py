@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from lossledger.batch import Batch
+from lossledger.batch import Batch, leaves
 from lossledger.distributed import LONE_SHARE, Group, Share, cut, same_start, sharing_fate
 from lossledger.errors import InputError
 from lossledger.losses.parts import check_additive
@@ -122,24 +124,77 @@ def in_order(objective: Objective, tallies: dict[str, Tally]) -> dict[str, Tally
     return dict(sorted(tallies.items(), key=lambda item: roles.index(objective.role(item[0]))))
 
 
-def check_shared(group: Group, objective: Objective, *given: Data | None) -> None:
-    """Data and loss can be divided over ranks.
+def check_shared(group: Group, objective: Objective, given: Mapping[str, Data | None], **options: Any) -> None:
+    """Data, loss and call can be divided over ranks.
+
+    Args:
+        group: the ranks.
+        objective: whose losses must add up.
+        given: the data by their argument; the first are those that `batch_size` divides.
+        options: arguments of the call.
 
     Raises:
-        InputError: arrays of other lengths on other ranks; a loss that compares the samples of a batch.
+        InputError: other arrays or arguments on other ranks; a loss that compares the samples of a batch.
     """
     if group.size == 1:
         return
     for plan in objective.terms:
         check_additive(plan.loss, plan.name)
-    rows = group.agree(*(-1 if data is None or data.length is None else data.length for data in given))
-    for lengths in zip(*rows, strict=True):
-        if len(set(lengths)) == 1:
-            continue
-        raise InputError(
-            f"x: expected the same arrays on every rank, which takes its share; received {list(lengths)} samples by "
-            "rank (-1 for an iterable). Pass all of the data on every rank, or a loader of its own on each."
-        )
+    by_rank = group.gather(({name: _seen(data) for name, data in given.items()}, options))
+    first_data, first_options = by_rank[0]
+    for name, (kind, _) in first_data.items():
+        kinds = [data[name][0] for data, _ in by_rank]
+        if len(set(kinds)) > 1:
+            raise InputError(
+                f"{name}: expected the same arrays on every rank, which takes its share; received {', '.join(kinds)} "
+                f"by rank. {_REMEDY}"
+            )
+        if any(not _alike(data[name][1], first_data[name][1]) for data, _ in by_rank):
+            raise InputError(
+                f"{name}: expected the same arrays on every rank, which takes its share; received {kind} on each, with "
+                f"other values. {_REMEDY}"
+            )
+    arrays = next(iter(first_data.values()))[1] is not None
+    for name in first_options if arrays else [name for name in first_options if name in _OF_ALL]:
+        values = [found[name] for _, found in by_rank]
+        if any(value != values[0] for value in values):
+            raise InputError(
+                f"{name}: expected the same on every rank, received {', '.join(map(repr, values))} by rank. Of arrays "
+                "every rank takes its share of the same batches, and all ranks validate together."
+            )
+
+
+# What ranks with loaders of their own must have in common too; the batches of these are their own affair.
+_OF_ALL = ("epochs", "initial_epoch", "validation_freq")
+
+
+_REMEDY = "Pass all of the data on every rank, or a loader of its own on each."
+
+
+def _seen(data: Data | None) -> tuple[str, list[float] | None]:
+    """What data are, in words, and of arrays some sums, by which those of other ranks are told from them."""
+    if data is None:
+        return "nothing", None
+    if not isinstance(data, ArrayData):
+        return "an iterable", None
+    rows = torch.linspace(0, data.length - 1, min(data.length, _LOOKED_AT)).long()
+    sums: list[float] = []
+    for array in leaves([data.x, data.y, data.sample_weight, data.mask]):
+        some = array.detach()[rows.to(array.device)].reshape(len(rows), -1)
+        some = some.abs() if some.is_complex() else some.double().abs()
+        sums += some.double().nan_to_num(0, 0, 0).sum(1).tolist()
+    return f"{data.length} samples", sums
+
+
+# Samples of each array that are compared: few, so that a call costs nothing; and sums, whose last bits may differ.
+_LOOKED_AT = 8
+_ROUNDING = 1e-3
+
+
+def _alike(sums: list[float] | None, others: list[float] | None) -> bool:
+    if sums is None or others is None:
+        return sums is others
+    return len(sums) == len(others) and all(map(functools.partial(math.isclose, rel_tol=_ROUNDING), sums, others))
 
 
 def begin(group: Group, net: nn.Module, seed: int) -> None:
