@@ -102,6 +102,14 @@ def test_frozen_parameters_are_not_refused(wrap):
     assert model.fit(X, Y, verbose=0, seed=0).history["loss"]
 
 
+@pytest.mark.parametrize("wrap", [Holding, enclosing], ids=["loss", "closure"])
+def test_networks_that_are_read_in_eval_mode_are_not_refused(wrap):
+    """A teacher, or the measure of a perceptual loss: seldom frozen, never meant to learn here."""
+    model = ll.Model(nn.Linear(2, 1))
+    model.compile("sgd", wrap(Uncertain().eval()))
+    assert model.fit(X, Y, verbose=0, seed=0).history["loss"]
+
+
 def test_parameters_of_the_model_are_not_refused():
     net = nn.Sequential(nn.Linear(2, 4))
     net.head = nn.Linear(4, 3)

@@ -55,8 +55,10 @@ def _held(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     """What a value holds, as far as a call of it can use it."""
     if isinstance(value, nn.Module):
-        yield from value.named_parameters()
-        yield from value.named_buffers()
+        # A network in eval mode is read, as a teacher or the measure of a perceptual loss is, not trained.
+        for name, module in value.named_modules():
+            held = [*module._parameters.items(), *module._buffers.items()] if module.training else []
+            yield from ((f"{name}.{part}" if name else part, found) for part, found in held)
     elif isinstance(value, Mapping):
         yield from ((str(key), part) for key, part in value.items())
     elif isinstance(value, list | tuple | set):
