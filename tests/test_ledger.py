@@ -124,6 +124,18 @@ def test_where_takes_values_collections_and_class_() -> None:
     assert len(ledger.table(by=["class"], term="nothing")) == 0
 
 
+def test_rows_are_chosen_step_by_step() -> None:
+    ledger = known()
+    assert ledger.by("epoch", "term").rows == ledger.table(["epoch", "term"]).rows
+    chosen = ledger.where(term=["bce", "l2"]).where(epoch=1)
+    assert chosen.by("class").rows == ledger.table("class", term=["bce", "l2"], epoch=1).rows
+    assert ledger.where(class_="a").by("epoch").rows == ledger.table("epoch", class_="a").rows
+    with pytest.raises(InputError, match="each dimension once, received class again"):
+        ledger.where(class_="a").where(class_="b")
+    with pytest.raises(UnknownNameError, match="Did you mean 'class'"):
+        ledger.where(split="training").by("clas")
+
+
 def test_steps_are_apart_from_epochs() -> None:
     ledger = known()
     ledger.append([row(8.0, 4, step=5), row(2.0, 4, step=10)])

@@ -641,6 +641,12 @@ def test_report_replaces_whole_files_only(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == ["r.html"]
 
 
+def test_the_path_says_the_form(tmp_path: Path) -> None:
+    view = build_view(fake())
+    for name, form in (("r.md", as_markdown), ("r.TXT", as_text), ("r.json", as_json)):
+        assert report(fake(), tmp_path / name).read_text(encoding="utf-8") == form(view)
+
+
 def test_report_imports_no_torch_and_loads_the_rest_late() -> None:
     code = (
         "import sys, lossledger.report; late = {'torch', 'altair', 'vl_convert', 'duckdb', 'jinja2', 'pandas'};"

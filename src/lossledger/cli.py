@@ -62,7 +62,7 @@ def demo(scenes: int, size: int, epochs: int, seed: int, weighting: str, folder:
 @main.command()
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=None, help="Path of the HTML; in the run if not given."
+    "--output", type=click.Path(path_type=Path), default=None, help="Path of the report; HTML in the run if not given."
 )
 @click.option(
     "--against", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A run to say the difference from."
@@ -76,6 +76,8 @@ def report(run: Path, output: Path | None, against: Path | None, form: str | Non
     from lossledger.report.html import report as write
     from lossledger.report.html import view_of
 
+    if form is not None and output is not None:
+        raise click.UsageError(f"--{form} prints; to write it, let --output end in .md, .txt or .json instead.")
     if form is None:
         click.echo(write(run, output or run / "report.html", against))
     else:

@@ -16,6 +16,7 @@ from lossledger.ledger.columns import TEXT, Column, Columns, Records, grouped, j
 from lossledger.ledger.diff import Diff, Side, difference
 from lossledger.ledger.rows import METRIC_COLUMNS, OPTIONAL, ROW_COLUMNS, MetricRow, Row
 from lossledger.ledger.samples import SampleBook, Samples, stacked, top_losses
+from lossledger.ledger.selection import Selection
 from lossledger.ledger.sliced import GroupBook, Sliced
 from lossledger.ledger.table import Table, exact_sum, roll_up
 
@@ -277,6 +278,18 @@ class Ledger(Sliced):
         names = [by] if isinstance(by, str) else list(by)
         selected = {name.removesuffix("_"): value for name, value in where.items()}
         return roll_up(self._columns("rows"), names, selected)
+
+    def where(self, **where: Any) -> Selection:
+        """The rows whose dimensions have these values, to be added up with `by`; arguments as in `table`.
+
+        >>> len(Ledger().where(split="training").where(epoch=[1, 2]).by("class", "presence"))
+        0
+        """
+        return Selection(self, {}).where(**where)
+
+    def by(self, *dimensions: str) -> Table:
+        """Add up all rows by dimensions; `by("epoch", "class")` is `table(["epoch", "class"])`."""
+        return self.table(dimensions)
 
     def loss(self, split: str = "training", epoch: int | None = None) -> float:
         """The loss of an epoch, the last where none is given: the left-to-right sum of its terms.

@@ -23,8 +23,10 @@ from lossledger.ledger import Ledger
 from lossledger.report import cells, sentences
 from lossledger.report.charts import curve_specification, draw, runtime
 from lossledger.report.numbers import Style, display
+from lossledger.report.plain import as_json
 from lossledger.report.plots import place_chart, scatter
 from lossledger.report.templating import environment
+from lossledger.report.text import as_markdown, as_text
 from lossledger.report.view import Picture, ReportView, RunView, build_view
 
 if TYPE_CHECKING:
@@ -58,16 +60,17 @@ def report(run: Ledger | str | Path, path: str | Path, against: Ledger | str | P
 
     Args:
         run: a ledger, a run folder, or a folder of run folders.
-        path: of the HTML file; replaced whole if it is there.
+        path: of the HTML file, replaced whole if it is there; one that ends in `.md`, `.txt` or `.json` gets Markdown,
+            the text of the terminal or JSON.
         against: another run: what moved the loss from its own to that of `run`, by class.
 
     Raises:
         InputError: a run without the loss of any epoch.
         LedgerError: the run cannot be read, or the file cannot be written.
     """
-    page = render(view_of(run, against))
     target = Path(path).expanduser().absolute()
-    _write_whole(target, page)
+    form = {".md": as_markdown, ".txt": as_text, ".json": as_json}.get(target.suffix.lower(), render)
+    _write_whole(target, form(view_of(run, against)))
     return target
 
 

@@ -17,6 +17,7 @@ from lossledger.batch import Batch
 from lossledger.distributed import as_part, at_rest, divided_state, gathered, is_part, local, together
 from lossledger.ledger import segments
 from lossledger.training import checkpoint, parts, position, randomness
+from lossledger.training.alone import Alone
 from lossledger.training.callback import Callback, overrides
 from lossledger.training.checkpoint import Checkpoint
 from lossledger.training.data import ArrayData
@@ -42,6 +43,7 @@ class Backup:
         fixed: what a checkpoint says of the whole run: recipe and seed.
         fitting: the call, with all that training changes.
         save_freq: "epoch", a number of batches, or `None` for a bounded share of the time.
+        alone: the folder as held by rank 0.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class Backup:
         fixed: Mapping[str, Any],
         fitting: Fitting,
         save_freq: str | int | None,
+        alone: Alone | None,
     ) -> None:
-        self._group = fitting.group
+        self._group, self._alone = fitting.group, alone
         self._folder, self._fixed, self._fitting, self._save_freq = folder, fixed, fitting, save_freq
         self._state: dict[str, Any] | None = None if found is None else found.state
         self._taken, self._ended = 0, False
@@ -150,6 +153,11 @@ class Backup:
         self._next = time.perf_counter()
         if state["epoch"] is None:
             self._settle()
+
+    def leave(self) -> None:
+        """Let other processes write to the folder."""
+        if self._alone is not None:
+            self._alone.leave()
 
     @property
     def interrupted(self) -> bool:

@@ -309,7 +309,8 @@ class Model(Placed):
         self.ledger = fitting.ledger
         params = {"epochs": epochs, "steps": boundary.updates_of(steps, accumulate), "seed": seed}
         params_of_callbacks = {**params, "validation": held is not None, "resumed": found is not None}
-        return History(*self._run(fitting, show, params_of_callbacks), fitting.ledger, params)
+        with opening.leaving(fitting):
+            return History(*self._run(fitting, show, params_of_callbacks), fitting.ledger, params)
 
     def _run(self, fitting: Fitting, show: Show, params: dict[str, Any]) -> tuple[dict[str, list[float]], list[int]]:
         self.stop_training = False

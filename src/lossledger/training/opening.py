@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lossledger.distributed import Group, together
 from lossledger.errors import CheckpointError, InputError
 from lossledger.ledger import Ledger, segments
 from lossledger.training import checkpoint, parts, position
+from lossledger.training.alone import Alone
 from lossledger.training.backup import LEDGERS, Backup, stateful
 from lossledger.training.callback import Callback
 from lossledger.training.callbacks import BackupAndRestore
@@ -60,18 +62,35 @@ def opened(fitting: Fitting, found: Checkpoint | None, checks: Callable[[Ledger]
         CheckpointError: a run that this call cannot go on with.
         InputError: a `BackupAndRestore` that has no folder.
     """
-    options, group, ledger, saving = fitting.options, fitting.group, fitting.ledger, None
-    save_freq = frequency(options.callbacks, fitting.run_dir)
-    if fitting.run_dir is not None:
-        folder, made = Path(fitting.run_dir), _recipe(fitting)
+    save_freq = frequency(fitting.options.callbacks, fitting.run_dir)
+    if fitting.run_dir is None:
+        return replace(fitting, options=replace(fitting.options, checks=checks(fitting.ledger)))
+    folder, made, group = Path(fitting.run_dir), _recipe(fitting), fitting.group
+    alone = together(group, lambda: Alone(folder) if group.rank == 0 else None)
+    try:
+        ledger = fitting.ledger
         if found is not None:
             written, found = found, parts.of_rank(found, group)
             together(group, functools.partial(_check, found, written, folder, made, fitting))
-            before = together(group, functools.partial(reopened, found, folder) if group.rank == 0 else lambda: None)
-            before = group.first(before)
+            again = functools.partial(reopened, found, folder) if group.rank == 0 else lambda: None
+            before = group.first(together(group, again))
             ledger = ledger if before is None else before
-        saving = Backup(folder, found, {"recipe": made}, fitting, save_freq)
-    return replace(fitting, ledger=ledger, options=replace(options, backup=saving, checks=checks(ledger)))
+        saving = Backup(folder, found, {"recipe": made}, fitting, save_freq, alone)
+        return replace(fitting, ledger=ledger, options=replace(fitting.options, backup=saving, checks=checks(ledger)))
+    except BaseException:
+        if alone is not None:
+            alone.leave()
+        raise
+
+
+@contextlib.contextmanager
+def leaving(fitting: Fitting) -> Iterator[None]:
+    """The folder of the run is let go of in the end, however it ends."""
+    try:
+        yield
+    finally:
+        if fitting.options.backup is not None:
+            fitting.options.backup.leave()
 
 
 def _recipe(fitting: Fitting) -> dict[str, Any]:
