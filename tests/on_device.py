@@ -184,7 +184,7 @@ def trained(fit, place=lambda net: net, to_host=lambda values: values):
     sized = {"batch_size": BATCH} if len(data) == 2 else {}
     history = model.fit(*data, epochs=2, verbose=0, seed=1, checks="off", **sized, **given).history
     tested = model.evaluate(*data, verbose=0, return_dict=True, **sized)
-    predicted = model.predict(data[0], batch_size=BATCH)
+    predicted = model.predict(data[0], **sized)
     rows = [(row.split, row.term, row.kind, row.group, row.count, row.contribution) for row in model.ledger.rows]
     single = model.train_on_batch(*data, return_dict=True) if len(data) == 2 else {}
     return [history, tested, predicted, single, to_host(dict(net.state_dict()))], rows
