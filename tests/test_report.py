@@ -227,12 +227,20 @@ def test_a_single_column_hides_nothing(form, outputs: tuple[str, ...]) -> None:
     assert (words[0] in said[0], words[1] in said[1]) == (form is as_json, True)
 
 
+def of_one_term(term: str, *rows: tuple) -> Ledger:
+    """A ledger of one validation, from kind, group, presence and sums of each row."""
+    ledger = Ledger(term)
+    ledger.append([Row("validation", 1, None, term, "data", "linear", *row) for row in rows])
+    return ledger
+
+
 def test_a_single_label_that_is_rare_is_named() -> None:
-    ledger = Ledger("binary")
-    key = ("validation", 1, None, "binary_crossentropy", "data", "linear")
-    ledger.append([Row(*key, "term", "", "", 14.9, 100, 100.0, 1.0, 100.0, 0.149, 0)])
-    ledger.append([Row(*key, "class", "0", "present", 10.0, 2, 2.0, 1.0, 100.0, 0.1, 0)])
-    ledger.append([Row(*key, "class", "0", "absent", 4.9, 98, 98.0, 1.0, 100.0, 0.049, 0)])
+    ledger = of_one_term(
+        "binary_crossentropy",
+        ("term", "", "", 14.9, 100, 100.0, 1.0, 100.0, 0.149, 0),
+        ("class", "0", "present", 10.0, 2, 2.0, 1.0, 100.0, 0.1, 0),
+        ("class", "0", "absent", 4.9, 98, 98.0, 1.0, 100.0, 0.049, 0),
+    )
     (hidden,) = (run.verdict.hidden for run in build_view(ledger).runs)
     assert hidden is not None and hidden.rare and hidden.row.entries == 0.02
     assert hidden.factor == pytest.approx(5.0 / 0.149)
@@ -252,11 +260,12 @@ def test_own_means_are_not_inflated_by_class_weights() -> None:
 
 
 def test_view_of_a_categorical_loss() -> None:
-    ledger = Ledger("labels")
-    key = ("validation", 1, None, "categorical_crossentropy", "data", "linear")
-    ledger.append([Row(*key, "term", "", "", 40.0, 100, 100.0, 1.0, 100.0, 0.4, 0)])
-    ledger.append([Row(*key, "class", "common", "", 10.0, 95, 95.0, 1.0, 100.0, 0.1, 0)])
-    ledger.append([Row(*key, "class", "rare", "", 30.0, 5, 5.0, 1.0, 100.0, 0.3, 0)])
+    ledger = of_one_term(
+        "categorical_crossentropy",
+        ("term", "", "", 40.0, 100, 100.0, 1.0, 100.0, 0.4, 0),
+        ("class", "common", "", 10.0, 95, 95.0, 1.0, 100.0, 0.1, 0),
+        ("class", "rare", "", 30.0, 5, 5.0, 1.0, 100.0, 0.3, 0),
+    )
     run = build_view(ledger).runs[0]
     assert [row.entries for row in run.tables[0].rows] == [0.95, 0.05]
     hidden = run.verdict.hidden

@@ -111,15 +111,15 @@ def as_batch(item: Any, position: int) -> Batch:
         return Batch(item[0], item[1], item[2] if len(item) == 3 else None)
     raise InputTypeError(
         f"batch {position}: Data is expected to be in format (x, y), (x, y, sample_weight) or a lossledger.Batch; "
-        f"received {type(item).__name__}"
-        + (
-            f" of {len(item)}."
-            if isinstance(item, list | tuple)
-            else _by_key(item)
-            if isinstance(item, Mapping)
-            else "."
-        )
+        f"received {type(item).__name__}{_inside(item)}"
     )
+
+
+def _inside(item: Any) -> str:
+    """The end of a sentence about what is no batch: how long it is, or its keys."""
+    if isinstance(item, Mapping):
+        return _by_key(item)
+    return f" of {len(item)}." if isinstance(item, list | tuple) else "."
 
 
 # What keys are called whose values are targets or weights; what else there is goes into the model.

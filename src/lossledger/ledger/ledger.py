@@ -16,7 +16,7 @@ from lossledger.ledger.columns import TEXT, Column, Columns, Records, grouped, j
 from lossledger.ledger.diff import Diff, Side, difference
 from lossledger.ledger.rows import METRIC_COLUMNS, OPTIONAL, ROW_COLUMNS, MetricRow, Row
 from lossledger.ledger.samples import SampleBook, Samples, stacked, top_losses
-from lossledger.ledger.selection import Selection
+from lossledger.ledger.selection import Selection, dimensions_of
 from lossledger.ledger.sliced import GroupBook, Sliced
 from lossledger.ledger.table import Table, exact_sum, roll_up
 
@@ -276,8 +276,7 @@ class Ledger(Sliced):
         0
         """
         names = [by] if isinstance(by, str) else list(by)
-        selected = {name.removesuffix("_"): value for name, value in where.items()}
-        return roll_up(self._columns("rows"), names, selected)
+        return roll_up(self._columns("rows"), names, dimensions_of(where))
 
     def where(self, **where: Any) -> Selection:
         """The rows whose dimensions have these values, to be added up with `by`; arguments as in `table`.

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from lossledger.ledger.ledger import Ledger
 
 
+def dimensions_of(where: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dimension, of which `class` is written `class_` as an argument."""
+    return {name.removesuffix("_"): value for name, value in where.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """The rows of a ledger whose dimensions have some values; `Ledger.where` makes it.
@@ -31,7 +36,7 @@ class Selection:
         Raises:
             InputError: a dimension whose values were chosen before.
         """
-        named = {name.removesuffix("_"): value for name, value in where.items()}
+        named = dimensions_of(where)
         twice = sorted(named.keys() & self.chosen.keys())
         if twice:
             raise InputError(

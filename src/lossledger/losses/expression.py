@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from lossledger.losses.loss import Loss
 
 
+def check_loss(loss: Loss) -> None:
+    """A loss of somebody's own called `super().__init__()`.
+
+    Raises:
+        InputTypeError: it did not.
+    """
+    check_made(loss, "Loss", "name", "reduction", "_dtype")
+
+
 class Expression:
     """A weighted sum of losses on one output, each a named term: `0.5 * BinaryCrossentropy() + Dice()`.
 
@@ -37,7 +46,7 @@ class Expression:
 
     def __init__(self, terms: tuple[tuple[float, Loss], ...]) -> None:
         for _, loss in terms:
-            check_made(loss, "Loss", "name", "reduction", "_dtype")
+            check_loss(loss)
         self.terms = terms
         names = [loss.name for _, loss in terms]
         twice = sorted({name for name in names if names.count(name) > 1})

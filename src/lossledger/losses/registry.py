@@ -8,7 +8,7 @@ from typing import Any
 
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
 from lossledger.frameworks import refuse_tensorflow
-from lossledger.losses.arguments import check_made, snake_case
+from lossledger.losses.arguments import snake_case
 from lossledger.losses.asymmetric import AsymmetricFocal, AsymmetricFocalTversky, AsymmetricUnifiedFocal
 from lossledger.losses.classification import (
     BinaryCrossentropy,
@@ -19,7 +19,7 @@ from lossledger.losses.classification import (
 from lossledger.losses.contrastive import InfoNCE, NTXent
 from lossledger.losses.custom import from_callable
 from lossledger.losses.divergence import CategoricalGeneralizedCrossEntropy, KLDivergence
-from lossledger.losses.expression import Expression, factor_of
+from lossledger.losses.expression import Expression, check_loss, factor_of
 from lossledger.losses.focal import AsymmetricMultiLabel, BinaryFocalCrossentropy, CategoricalFocalCrossentropy
 from lossledger.losses.generalized import GeneralizedDice
 from lossledger.losses.hinge import CategoricalHinge, Hinge, SquaredHinge
@@ -141,7 +141,7 @@ def get(identifier: Any) -> Loss | Expression:
     if isinstance(identifier, Expression):
         return identifier
     if isinstance(identifier, Loss):
-        check_made(identifier, "Loss", "name", "reduction", "_dtype")
+        check_loss(identifier)
         return identifier
     if isinstance(identifier, str):
         if identifier not in NAMES:

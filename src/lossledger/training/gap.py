@@ -310,8 +310,9 @@ def weighs(objective: Objective, held: Data, tallies: Mapping[str, Tally]) -> bo
 def undisturbed(net: nn.Module, device: torch.device) -> Iterator[None]:
     """Random state, buffers, and what Keras layers keep beside their weights, put back as they were."""
     # A forward may also put another tensor in the place of a buffer.
-    owners = [(module, dict(module._buffers)) for module in net.modules()]
-    kept = [(tensor, tensor.detach().clone()) for tensor in moving(modules_of(net))]
+    modules = modules_of(net)
+    owners = [(module, dict(module._buffers)) for module in modules]
+    kept = [(tensor, tensor.detach().clone()) for tensor in moving(modules)]
     state = randomness.capture(device)
     try:
         yield
