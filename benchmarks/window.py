@@ -5,7 +5,7 @@ that it can make. Contenders run in one process, in turn, several times; the tab
 pair. Plain torch runs twice: what the second one differs by is what the table cannot tell. Gradients are compared
 first.
 
-    python benchmarks/window.py [--repeats 9] [--steps 6] [--batch 16] [--sizes 64 192] [--device cpu]
+    python benchmarks/window.py [--repeats 9] [--steps 24] [--batch 16] [--sizes 64 192] [--device cpu]
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def measure(repeats: int, steps: int, size: int, edge: int, device: str) -> tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 192])
     parser.add_argument("--dry", action="store_true", help="print, and leave the results as they are")

@@ -257,8 +257,8 @@ def check_targets(y_true: Tensor, where: str, upper: float = 1.0) -> None:
     if not y_true.numel():
         return
     # One pass over the targets; NaN is both the least and the greatest of all.
-    least, greatest = y_true.aminmax()
-    if not bool((least >= 0) & (greatest <= upper)):
+    least, greatest = torch.stack(y_true.aminmax()).tolist()
+    if not (least >= 0 and greatest <= upper):
         bad = ~((y_true >= 0) & (y_true <= upper))
         raise InputError(
             f"{where}: targets must be in [0, {upper:g}]; received {float(y_true[bad][0]):g} "

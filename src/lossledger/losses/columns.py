@@ -58,6 +58,26 @@ def spread(weights: Tensor, blocks: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def row_of(columns: Tensor) -> Tensor:
+    """What `times_row` multiplies with, made once for all parts."""
+    return columns if len(columns) >= _WIDE else columns.repeat(_PLAIN)
+
+
+def times_row(values: Tensor, row: Tensor, out: Tensor) -> None:
+    """Values × a number a column, `[N, C]`, in `out`.
+
+    >>> values = torch.ones(65, 2)
+    >>> times_row(values, row_of(torch.tensor([2.0, 3.0])), values)
+    >>> values[0].tolist(), values[64].tolist()
+    ([2.0, 3.0], [2.0, 3.0])
+    """
+    number, size = values.shape
+    whole = number - number % (len(row) // size)
+    torch.mul(values[:whole].view(-1, len(row)), row, out=out[:whole].view(-1, len(row)))
+    if whole < number:
+        torch.mul(values[whole:], row[:size], out=out[whole:])
+
+
 def folded(weights: Tensor | None) -> Tensor | None:
     """Weights of entries as `Sums` multiplies with them."""
     return weights if weights is None or weights.shape[0] % _FOLD else weights.view(-1, _FOLD).t()
@@ -115,11 +135,12 @@ def wholes(sums: dict[str, Sums]) -> dict[str, Row]:
 
 def _whole(one: Sums) -> Row:
     # NumPy does in a call what takes torch three times as long: the numbers are few.
-    parts = np.stack([part.numpy() for part in one._parts])
-    # Of products of folded weights and folded values, those of an entry with itself lie on the diagonal.
-    kept = parts.reshape(len(parts), -1, one.size)
-    found: Row = (kept if parts.ndim == 2 else kept[:, :: _FOLD + 1]).sum((0, 1), dtype=np.float64)
-    return found
+    whole = np.zeros(one.size)
+    for part in one._parts:
+        kept = part.numpy().reshape(-1, one.size)
+        # Of products of folded weights and folded values, those of an entry with itself lie on the diagonal.
+        whole += np.add.reduce(kept if part.ndim == 1 else kept[:: _FOLD + 1], 0, dtype=np.float64)
+    return whole
 
 
 def applies(loss: Loss, batch: Aligned, by: By) -> bool:
@@ -170,7 +191,10 @@ def backprop(
     true, pulled = given.y_true.view(-1, size), gradient.view(-1, size)
     flatly = given.prediction.map(lambda values: values.view(-1, size))
     split = by == "class" and loss.classes_are == "column"
-    blocks = blocks_of(gradient.new_ones(size) if columns is None else columns)
+    if mask is None and factor is None and rescale is None:
+        blocks, row = None, None if columns is None else row_of(columns * scale)
+    else:
+        blocks, row = blocks_of(gradient.new_ones(size) if columns is None else columns), None
     names = ("numerator", "total", "numerator present", "total present", "count present", "weight present")
     sums, heavy, safe = {name: Sums(size) for name in names}, [], False
     beside = Beside(by, loss, batch) if isinstance(by, grouping.AndSamples) else None
@@ -193,11 +217,12 @@ def backprop(
                 return None
             elements = closed[0]
             summed = sums["numerator"].add(mine, elements)
-            if numerator is None and columns is None:
-                torch.mul(closed[1], scale, out=out)
+            if numerator is not None and blocks is not None:
+                torch.mul(closed[1], spread(numerator * scale, blocks, scratch.passing(elements)), out=out)
+            elif row is not None:
+                times_row(closed[1], row, out)
             else:
-                pull = (elements.new_ones(elements.shape[0]) if numerator is None else numerator) * scale
-                torch.mul(closed[1], spread(pull, blocks, scratch.passing(elements)), out=out)
+                torch.mul(closed[1], scale, out=out)
             # A number of the processor is read without waiting. Elements can be finite where derivatives are not.
             if isfinite(float(summed.sum())) and (mask is None or isfinite(float(out.sum()))):
                 break
@@ -247,24 +272,27 @@ def _tally(loss: Loss, batch: Aligned, sums: dict[str, Row], heavy: float | None
     weights, like, divides = batch.weighting, batch.given.prediction.raw, loss.divisor_aligned(batch)
     size, count = weights.shape[-1], weights.count()
     each, columns = float(count) / size, None if weights.columns is None else weights.columns.numpy()
-
-    def rows(end: str, count: Row, weight: Row) -> Row:
-        numerator = sums["numerator" + end]
-        found = np.stack((numerator, sums.get("total" + end, numerator), weight, count))
-        if columns is not None:
-            found[:3] *= columns
-        return found
-
-    found = rows("", np.full(size, each), np.full(size, each if heavy is None else heavy))
-    numerator, weight = float(found[0].sum()), float(found[2].sum())
+    split = "count present" in sums
+    # Numerator, total, weight and count of the groups: those of all columns, or those of all behind those present.
+    found = np.empty((4, 2 * size if split else size))
+    whole = found[:, -size:]
+    whole[0], whole[1] = sums["numerator"], sums.get("total", sums["numerator"])
+    whole[2], whole[3] = each if heavy is None else heavy, each
+    if split:
+        there, counted = found[:, :size], sums["count present"]
+        there[0] = sums["numerator present"]
+        there[1] = sums.get("total present", there[0])
+        there[2], there[3] = sums.get("weight present", counted), counted
+    if columns is not None:
+        found[:3].reshape(3, -1, size)[...] *= columns
+    numerator, weight = float(whole[0].sum()), float(whole[2].sum())
     plain = heavy is None and columns is None
     groups = None
     if by is not None:
         keys = grouping.keys_of(size)
-        if "count present" in sums:
-            counted = sums["count present"]
-            there = rows(" present", counted, sums.get("weight present", counted))
-            found, keys = np.concatenate((there, found - there), 1), grouping.keys_of(size, ("present", "absent"))
+        if split:
+            whole -= there
+            keys = grouping.keys_of(size, ("present", "absent"))
         numbers, counts = torch.from_numpy(found[:3]).to(like.dtype), torch.from_numpy(found[3]).long()
         groups = Groups(str(by), keys, numbers[0], numbers[1], counts, counts if plain else numbers[2])
     return Tally(
