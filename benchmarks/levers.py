@@ -65,9 +65,11 @@ def made(kind: str, size: int, steps: int, channels_last: bool) -> tuple[Any, An
 
     torch.manual_seed(0)
     if kind == "unet":
-        scenes = make_scenes(16 * steps, size)
-        loss = ll.losses.BinaryCrossentropy(from_logits=True)
-        return UNet(), torch.from_numpy(scenes.images), torch.from_numpy(scenes.masks), 16, loss
+        # Larger pictures are those of 64 × 64 enlarged.
+        scenes, times = make_scenes(16 * steps, 64), size // 64
+        x = torch.from_numpy(scenes.images.repeat(times, axis=2).repeat(times, axis=3))
+        y = torch.from_numpy(scenes.masks.repeat(times, axis=1).repeat(times, axis=2))
+        return UNet(), x, y, 16, ll.losses.BinaryCrossentropy(from_logits=True)
     loss = ll.losses.SparseCategoricalCrossentropy(from_logits=True)
     if kind in ("mlp", "dead"):
         net = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))

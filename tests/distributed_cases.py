@@ -341,6 +341,30 @@ def head_in_the_loss(world, wrapper):
     expect_history(fits[0][1], fits[1][1])
 
 
+@case("plain", "ddp")
+def parameters_in_the_loss(world, wrapper):
+    """Parameters that a loss reads beside the output get the sum of the gradients of all ranks, once."""
+    x, y = pairs()
+    fits = []
+    for group in (None, world.solo):
+        torch.manual_seed(0)
+        net = nn.Linear(x.shape[1], y.shape[1]).double()
+        net.spread = nn.Parameter(torch.full((y.shape[1],), 0.3, dtype=torch.float64))
+
+        def likelihood(y_true, y_pred, net=net):
+            wide = (y_true - y_pred).square() * torch.exp(-net.spread) + net.spread
+            return wide.mean(-1) + 0.1 * net.weight.square().sum()
+
+        wrapped = DistributedDataParallel(net) if group is None and wrapper == "ddp" else net
+        model = ll.Model(wrapped, process_group=group)
+        model.compile("sgd", likelihood)
+        history = model.fit(x, y, batch_size=5, epochs=2, accumulate=2, seed=5, verbose=0)
+        fits.append((net, history))
+    assert not torch.equal(fits[0][0].spread, torch.full_like(fits[0][0].spread, 0.3))
+    expect_weights(fits[0][0], fits[1][0], 1e-12)
+    expect_history(fits[0][1], fits[1][1])
+
+
 @case(*itertools.product(["plain", "ddp", "fsdp"], OPTIONS))
 def fit(world, wrapper, option):
     """Weights, history and ledger of one process, with uneven shares, weights, masks, Dice over the batch."""

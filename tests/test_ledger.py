@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_where_takes_values_collections_and_class_() -> None:
     assert len(ledger.table(by=["epoch"], class_="a", term="bce")) == 2
     assert len(ledger.table(by=["term"], role="regularizer")) == 1
     assert len(ledger.table(by=["class"], **{"class": ("a", "b")}, epoch=range(1, 2))) == 2
-    assert len(ledger.table(by=["class"], term="nothing")) == 0
+    assert len(ledger.table(by=["class"], term="l2")) == 0
 
 
 def test_rows_are_chosen_step_by_step() -> None:
@@ -151,6 +152,23 @@ def test_other_group_kinds() -> None:
     ledger.append([row(4.0, 8), row(1.0, 2, kind="site", group="north"), row(3.0, 6, kind="site", group="south")])
     assert [line["site"] for line in ledger.table(by=["site"])] == ["north", "south"]
     assert len(ledger.table(by=["label"])) == 0
+
+
+def test_a_name_that_no_row_has_is_no_empty_table() -> None:
+    ledger = Ledger("run")
+    sums = (2.0, 4, 4.0, 1.0, 4.0, 0.5, 0)
+    parts = [Row("training", 1, None, "bce", "data", "linear", "class", name, "", *sums) for name in ("car", "sign")]
+    ledger.append([Row("training", 1, None, "bce", "data", "linear", "term", "", "", *sums), *parts])
+    assert [row["class"] for row in ledger.table(by=["class"], class_="sign", term="bce", run="run")] == ["sign"]
+    assert len(ledger.table(by=["class"], class_=["car", "sign"], epoch=7)) == 0
+    for where, known in (
+        ({"class_": "sing"}, "class: expected one of 'car', 'sign'; received 'sing'. Did you mean 'sign'?"),
+        ({"class_": ["car", "bus"]}, "class: expected one of 'car', 'sign'; received 'bus'"),
+        ({"term": "dice"}, "term: expected one of 'bce'; received 'dice'"),
+        ({"run": "other"}, "run: expected one of 'run'; received 'other'"),
+    ):
+        with pytest.raises(UnknownNameError, match=re.escape(known)):
+            ledger.table(by=["class"], **where)
 
 
 def test_unknown_and_clashing_dimensions() -> None:

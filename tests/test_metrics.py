@@ -652,6 +652,40 @@ def test_objects_and_functions_are_taken() -> None:
     assert of_loss([[0.0], [0.0]], [[1.0], [5.0]], sample_weight=[3.0, 1.0]) == 2.0
 
 
+@pytest.mark.parametrize("name", ["binary_crossentropy", "hinge", "kl_divergence", "msle", "poisson", "log_cosh"])
+def test_names_of_losses_are_the_means_of_their_entries(name: str) -> None:
+    """As in Keras; weights divide, since a metric is a mean."""
+    torch.manual_seed(0)
+    y, p = torch.rand(6, 3).round(), torch.rand(6, 3)
+    weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 3.0])
+    entries = losses.get(name).call(y, p)  # type: ignore[union-attr]
+    expected = float((entries * weight).sum() / weight.sum())
+    assert metrics.get(name)(y, p, weight) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_cross_entropy_by_name_reads_the_output_as_the_loss_does() -> None:
+    y, logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[3.0, -2.0], [0.5, 9.0]])
+    expected = float(nn.functional.binary_cross_entropy_with_logits(logits, y))
+    named = losses.BinaryCrossentropy(from_logits=True) + losses.Dice(from_logits="sigmoid")
+    assert metrics.get("bce", named)(y, logits) == pytest.approx(expected, rel=1e-6)
+    labels = torch.tensor([1, 0, 1])
+    scores = torch.randn(3, 2)
+    sparse = metrics.get(
+        "sparse_categorical_crossentropy", losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
+    )
+    expected = float(nn.functional.cross_entropy(scores, labels, ignore_index=0))
+    assert sparse(labels, scores) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("auc", "keras.metrics.AUC"), ("F1", "keras.metrics.F1Score"), ("mean_iou", "Did you mean 'iou'")],
+)
+def test_metrics_of_other_libraries_are_pointed_to(name: str, meant: str) -> None:
+    with pytest.raises(UnknownNameError, match=re.escape(meant)):
+        metrics.get(name)
+
+
 def test_what_is_no_metric_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'binary_accuracy'"):
         metrics.get("binary_acuracy")

@@ -139,6 +139,105 @@ def test_a_loss_with_parameters_gives_them_a_gradient_where_it_is_called():
     torch.testing.assert_close(loss.log_variance.grad, expected.reshape(1))
 
 
+# --- losses that read parameters of the model ----------------------------------------------------------------------
+
+
+def with_criterion():
+    """A network that holds its loss, so that an optimizer of its parameters trains both."""
+    torch.manual_seed(0)
+    net = nn.Linear(2, 1)
+    net.criterion = Uncertain()
+    return net, net.criterion
+
+
+def with_penalty():
+    """A loss that reads a weight of the network beside its output."""
+    torch.manual_seed(0)
+    net = nn.Linear(2, 1)
+    return net, lambda y_true, y_pred: (y_true - y_pred).square().mean(-1) + 0.3 * net.weight.square().sum()
+
+
+LEARNING = {"held by the model": with_criterion, "read by the loss": with_penalty}
+
+
+def learnt_by_hand(made, steps):
+    """Plain torch, one batch of all samples a step."""
+    net, loss = made
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(Y, net(X)).mean().backward()
+        optimizer.step()
+    return {name: value.detach().clone() for name, value in net.named_parameters()}
+
+
+@pytest.mark.parametrize(("size", "accumulate"), [(12, 1), (5, 3), (1, 12)])
+@pytest.mark.parametrize("make", LEARNING.values(), ids=LEARNING)
+def test_parameters_of_the_model_learn_from_a_loss_that_reads_them(make, size, accumulate):
+    expected = learnt_by_hand(make(), steps=4)
+    net, loss = make()
+    model = ll.Model(net)
+    model.compile(torch.optim.SGD(net.parameters(), 0.1), loss)
+    model.fit(X, Y, batch_size=size, accumulate=accumulate, epochs=4, verbose=0, seed=0)
+    for name, value in net.named_parameters():
+        torch.testing.assert_close(value.detach(), expected[name], rtol=2e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("make", LEARNING.values(), ids=LEARNING)
+def test_a_step_of_a_loop_adds_to_their_gradients(make):
+    net, loss = make()
+    loss(Y, net(X)).mean().backward()
+    expected = {name: value.grad.clone() for name, value in net.named_parameters()}
+    net.zero_grad()
+    objective = ll.Objective(loss)
+    for times in (1, 2):
+        objective.step([(X[:5], Y[:5]), (X[5:], Y[5:])], net)
+        for name, value in net.named_parameters():
+            torch.testing.assert_close(value.grad, times * expected[name], rtol=2e-5, atol=1e-6, msg=name)
+
+
+def test_a_term_of_several_is_scaled_with_its_coefficient():
+    net, loss = with_criterion()
+    total = 0.25 * (Y - net(X)).abs().mean() + 0.5 * loss(Y, net(X)).mean()
+    total.backward()
+    expected = {name: value.grad.clone() for name, value in net.named_parameters()}
+    net.zero_grad()
+    both = 0.25 * ll.losses.MeanAbsoluteError() + 0.5 * ll.losses.FunctionLoss(loss)
+    ll.Objective(both).step([(X[:7], Y[:7]), (X[7:], Y[7:])], net)
+    for name, value in net.named_parameters():
+        torch.testing.assert_close(value.grad, expected[name], rtol=2e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("make", LEARNING.values(), ids=LEARNING)
+def test_a_compiled_step_leaves_them_to_the_plain_one(make):
+    expected = learnt_by_hand(make(), steps=3)
+    net, loss = make()
+    model = ll.Model(net)
+    model.compile(torch.optim.SGD(net.parameters(), 0.1), loss, jit=True)
+    with pytest.warns(UserWarning, match="run without compilation, since the loss .* reads parameters itself"):
+        model.fit(X, Y, batch_size=12, epochs=3, verbose=0, seed=0)
+    for name, value in net.named_parameters():
+        torch.testing.assert_close(value.detach(), expected[name], rtol=2e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("make", LEARNING.values(), ids=LEARNING)
+def test_checks_leave_gradients_as_they_are(make):
+    """They look at gradients of terms, with every batch that they are shown."""
+    net, loss = make()
+    both = ll.losses.FunctionLoss(loss) + 0.5 * ll.losses.FunctionLoss(loss, name="again")
+    ll.check(both, Y, net(X).detach(), accumulate=3)
+    assert all(value.grad is None for value in net.parameters())
+
+
+def test_checks_leave_the_gradient_of_a_head_as_it_is():
+    head = nn.Linear(4, 3)
+    again = ll.losses.LinearCrossentropy(head, label_smoothing=0.1, name="again")
+    both = ll.losses.LinearCrossentropy(head) + 0.5 * again
+    ll.check(both, torch.arange(12) % 3, torch.randn(12, 4))
+    assert head.weight.grad is None
+    assert head.bias.grad is None
+
+
 # --- the remedies --------------------------------------------------------------------------------------------------
 
 

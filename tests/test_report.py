@@ -299,6 +299,21 @@ def test_view_shows_imbalance_and_non_finite_elements() -> None:
     assert "3 unmasked elements were NaN or infinite" in said
 
 
+def test_the_books_of_a_loss_that_is_not_a_number_are_not_said_to_balance() -> None:
+    ledger = Ledger("broken")
+    for epoch, loss in ((1, 0.25), (2, math.nan)):
+        key = ("training", epoch, None, "mse", "data", "linear")
+        ledger.append([Row(*key, "term", "", "", 4 * loss, 4, 4.0, 1.0, 4.0, loss, 0)])
+        ledger.append([Row(*key, "class", "sign", "", 4 * loss, 4, 4.0, 1.0, 4.0, loss, 0)])
+    said = as_text(build_view(ledger))
+    assert "in each of 1 sum. 1 sum is NaN or infinite and cannot be checked." in " ".join(said.split())
+    broken = Ledger("broken")
+    broken.append([one for one in ledger.rows if one.epoch == 2])
+    said = as_text(build_view(broken))
+    assert "The books balance" not in said
+    assert "1 sum is NaN or infinite and cannot be checked." in " ".join(said.split())
+
+
 def test_view_of_a_loss_that_is_not_a_number() -> None:
     ledger = Ledger("broken")
     term = ("mse", "data", "linear", "term", "", "")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -1201,6 +1202,32 @@ def test_tied_weights_go_to_a_file_and_back(tmp_path):
         net[0].weight.zero_()
     model.load_weights(tmp_path / "w")
     assert torch.equal(net[1].weight, value)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_weights_have_the_same_names_with_and_without_torch_compile(tmp_path):
+    """Nothing is compiled before a forward."""
+
+    def made():
+        net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+        net[1] = torch.compile(net[1])
+        return net
+
+    plain, compiled = ll.Model(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))), ll.Model(torch.compile(made()))
+    for one in (plain, compiled):
+        one.compile("sgd", "mse")
+    compiled.save_weights(tmp_path / "w")
+    assert set(safetensors.torch.load_file(str(tmp_path / "w"))) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    plain.load_weights(tmp_path / "w")
+    other = ll.Model(torch.compile(made()))
+    other.compile("sgd", "mse")
+    plain.save_weights(tmp_path / "plain")
+    other.load_weights(tmp_path / "plain")
+    # Files of before have the names of torch.compile.
+    safetensors.torch.save_file(compiled.net.state_dict(), str(tmp_path / "old"))
+    plain.load_weights(tmp_path / "old")
+    for own, loaded, back in zip(*(list(one.net.parameters()) for one in (compiled, plain, other)), strict=True):
+        assert torch.equal(own, loaded) and torch.equal(own, back)
 
 
 def test_summary_names_modules_and_counts_parameters(capsys):

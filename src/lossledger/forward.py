@@ -117,7 +117,7 @@ class Forward:
 
     def state(self) -> dict[str, Tensor]:
         """Weights and buffers by names that another instance of the same architecture has too."""
-        return dict(self.net.state_dict())
+        return {_uncompiled(name): value for name, value in self.net.state_dict().items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put such a state in place.
@@ -125,8 +125,9 @@ class Forward:
         Raises:
             InputError: the state of another model.
         """
+        names = {_uncompiled(name): name for name in self.net.state_dict()}
         try:
-            self.net.load_state_dict(state)
+            self.net.load_state_dict({names.get(_uncompiled(name), name): value for name, value in state.items()})
         except RuntimeError as error:
             raise InputError(str(error)) from None
 
@@ -161,6 +162,15 @@ class Forward:
 
     def attach(self, optimizer: Optimizer) -> None:
         """Have done after each step of the optimizer what the model asks for, such as constraints."""
+
+
+def _uncompiled(name: str) -> str:
+    """The name of a weight without what torch.compile puts before it.
+
+    >>> _uncompiled("_orig_mod.0._orig_mod.weight")
+    '0.weight'
+    """
+    return name.replace("_orig_mod.", "")
 
 
 def calling(net: nn.Module) -> Call:

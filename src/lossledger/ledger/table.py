@@ -164,7 +164,7 @@ def roll_up(records: Columns, by: Sequence[str], where: Mapping[str, Any]) -> Ta
         where: accepted value, or collection of values, by dimension.
 
     Raises:
-        UnknownNameError: a dimension or a split that no ledger has.
+        UnknownNameError: a dimension or a split that no ledger has; a run, a term or a group that no row has.
         InputError: two group kinds at once, or a dimension twice.
     """
     kind = _group_kind(records, by, where)
@@ -174,6 +174,8 @@ def roll_up(records: Columns, by: Sequence[str], where: Mapping[str, Any]) -> Ta
     with_step = "step" in by or "step" in where
     level = records["step"].among((None,)) ^ with_step
     accepted = {name: records[_column(name, kind)].among(_accepted(value)) for name, value in where.items()}
+    for name in where.keys() & {"run", "term", kind}:
+        _check_names(records, name, kind, _accepted(where[name]))
     in_scope, selected = level & records["kind"].among(("term",)), level & records["kind"].among((kind,))
     for name, mask in accepted.items():
         selected &= mask
@@ -198,6 +200,19 @@ def roll_up(records: Columns, by: Sequence[str], where: Mapping[str, Any]) -> Ta
 def _column(name: str, kind: str) -> str:
     """The column that holds a dimension."""
     return "group" if name == kind != "term" else name
+
+
+def _check_names(records: Columns, name: str, kind: str, chosen: Iterable[Any]) -> None:
+    """Every value that is asked for is one of some row: one that is misspelt would be an empty table.
+
+    Raises:
+        UnknownNameError: a value that is not.
+    """
+    of_kind = slice(None) if name in ("run", "term") else records["kind"].among((kind,)).nonzero()[0]
+    known = records[_column(name, kind)].taken(of_kind).distinct()
+    for value in chosen:
+        if known and value not in known:
+            raise UnknownNameError(name, value, known)
 
 
 def _taken(records: Columns, mask: NDArray[np.bool_]) -> Columns:

@@ -15,6 +15,7 @@ from lossledger.losses.chunks import Gradients, Head, LinearCrossentropyFunction
 from lossledger.losses.classification import IntegerLabels
 from lossledger.losses.loss import By
 from lossledger.losses.prediction import Prediction, Space
+from lossledger.losses.reach import is_wanted
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Tally
 from lossledger.values import is_number, reciprocal, shape_of
@@ -210,7 +211,7 @@ def _kept(batch: Aligned) -> Tensor | None:
 
 def _total(parameter: Tensor) -> Tensor | None:
     """Where the gradient of a parameter adds up: in its own `.grad` where that is wide enough."""
-    if not parameter.requires_grad:
+    if not is_wanted(parameter):
         return None
     grad = parameter.grad
     wide = torch.promote_types(parameter.dtype, torch.float32)

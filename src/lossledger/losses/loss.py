@@ -25,6 +25,7 @@ from lossledger.losses.aligned import Aligned, Late, detached, fitted, select_le
 from lossledger.losses.arguments import arguments, dtype_of, snake_case
 from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.prediction import Prediction, Space
+from lossledger.losses.reach import pull
 from lossledger.losses.reproducible import reproducible_tally
 from lossledger.reduction import Reduction
 from lossledger.tally import Groups, Link, Tally
@@ -74,6 +75,8 @@ class Loss:
     classes_are: ClassVar[str | None] = None
     # Whether an entry has one element whatever the length of the class axis, and `_slopes` takes entries one by one.
     one_element: ClassVar[bool] = False
+    # Whether a gradient went to trainable tensors that the loss reads beside the output.
+    reaches: bool = False
     _default_name: ClassVar[str | None] = None
 
     def __init__(
@@ -276,13 +279,8 @@ class Loss:
             tally = self.tally_aligned(replace(batch, prediction=Prediction(leaf)), by)
             whole = tally if window is None else window
             scale = factor * tally.coefficient * reciprocal(whole.divisor + whole.offset, tally.numerator.dtype)
-            if not tally.numerator.requires_grad:
-                raise InputError(
-                    f"{batch.where}: the loss does not depend on y_pred through differentiable operations; "
-                    "expected values with a gradient, received values without. Look for comparisons, rounding, "
-                    ".detach() or NumPy in it."
-                )
-            (gradient,) = torch.autograd.grad(tally.numerator * scale, leaf)
+            gradient, further = pull(tally.numerator * scale, leaf, batch.where)
+            self.reaches = self.reaches or further
         return replace(tally, numerator=tally.numerator.detach()), gradient
 
     def restore(self, gradient: Tensor, y_pred: Tensor) -> Tensor:

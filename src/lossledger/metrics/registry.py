@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,14 +12,21 @@ from torch import nn
 from lossledger import losses
 from lossledger.errors import InputError, InputTypeError, UnknownNameError
 from lossledger.frameworks import refuse_tensorflow
-from lossledger.losses.arguments import check_made
+from lossledger.losses.arguments import arguments, check_made
 from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
 from lossledger.losses.ratio import Overlap
+from lossledger.losses.registry import NAMES as LOSSES
 from lossledger.metrics.accuracy import BinaryAccuracy, CategoricalAccuracy, SparseCategoricalAccuracy
 from lossledger.metrics.metric import Metric
 from lossledger.metrics.overlap import Activation, DiceScore, IoU
-from lossledger.metrics.regression import MeanAbsoluteError, MeanMetric, MeanSquaredError, RootMeanSquaredError
+from lossledger.metrics.regression import (
+    MeanAbsoluteError,
+    MeanMetric,
+    MeanOfLoss,
+    MeanSquaredError,
+    RootMeanSquaredError,
+)
 from lossledger.metrics.stateful import KerasMetric, Stateful, TorchMetric, is_keras_metric, is_torchmetrics
 
 
@@ -154,6 +162,65 @@ _KINDS: dict[tuple[str, ...], Callable[[str, Output | None], Metric]] = {
 }
 _NAMES = {name: build for names, build in _KINDS.items() for name in names}
 _ACCURACY = ("accuracy", "acc")
+# Losses whose entries Keras takes the mean of under the same names.
+_OF_LOSSES = (
+    losses.BinaryCrossentropy,
+    losses.CategoricalCrossentropy,
+    losses.SparseCategoricalCrossentropy,
+    losses.KLDivergence,
+    losses.Poisson,
+    losses.MeanAbsolutePercentageError,
+    losses.MeanSquaredLogarithmicError,
+    losses.LogCosh,
+    losses.Hinge,
+    losses.SquaredHinge,
+    losses.CategoricalHinge,
+)
+_LOSSES = {name: kind for name, kind in LOSSES.items() if kind in _OF_LOSSES}
+# What Keras calls by a name, in small letters and without signs; torchmetrics has the like.
+_OF_KERAS = {
+    kind.lower(): kind
+    for kind in (
+        "AUC",
+        "Precision",
+        "Recall",
+        "F1Score",
+        "FBetaScore",
+        "R2Score",
+        "CosineSimilarity",
+        "TopKCategoricalAccuracy",
+        "SparseTopKCategoricalAccuracy",
+        "TruePositives",
+        "TrueNegatives",
+        "FalsePositives",
+        "FalseNegatives",
+        "PrecisionAtRecall",
+        "RecallAtPrecision",
+        "SensitivityAtSpecificity",
+        "SpecificityAtSensitivity",
+    )
+} | {"f1": "F1Score", "r2": "R2Score"}
+
+
+def _of_loss(name: str, kind: type[Loss], loss: Loss | Expression | None) -> Metric:
+    """The mean of the entries of a loss, of the output as the given loss reads it."""
+    terms = [part for _, part in loss] if isinstance(loss, Expression) else [] if loss is None else [loss]
+    output, takes = read_output(loss), arguments(kind.__init__)
+    known: dict[str, Any] = {}
+    if "from_logits" in takes:
+        known["from_logits"] = any(part.space == "logits" for part in terms)
+    if output is not None:
+        known |= {n: getattr(output, n) for n in ("axis", "ignore_class") if n in takes}
+    return MeanOfLoss(kind(**known), name)
+
+
+def _meant(name: str) -> str:
+    """What a name that is no metric here may mean, in a sentence; "" where nobody knows."""
+    plain = re.sub("[^a-z0-9]", "", name.lower())
+    if plain in ("meaniou", "binaryiou", "onehotiou", "onehotmeaniou", "jaccard"):
+        return "Did you mean 'iou', by class, whose mean is that of the classes?"
+    kind = _OF_KERAS.get(plain)
+    return f"Metrics of Keras and of torchmetrics are taken as objects: keras.metrics.{kind}(…)." if kind else ""
 
 
 def known(name: str) -> bool:
@@ -163,7 +230,7 @@ def known(name: str) -> bool:
         >>> known("mae"), known("median")
         (True, False)
     """
-    return name in _NAMES or name in _ACCURACY
+    return name in _NAMES or name in _ACCURACY or name in _LOSSES
 
 
 def get(identifier: Any, loss: Any = None) -> Metric | Stateful:
@@ -195,8 +262,10 @@ def get(identifier: Any, loss: Any = None) -> Metric | Stateful:
         chosen = None if loss is None else losses.get(loss)
         if identifier in _ACCURACY:
             return _accuracy(identifier, chosen)
+        if identifier in _LOSSES:
+            return _of_loss(identifier, _LOSSES[identifier], chosen)
         if identifier not in _NAMES:
-            raise UnknownNameError("metric", identifier, [*_NAMES, *_ACCURACY])
+            raise UnknownNameError("metric", identifier, [*_NAMES, *_ACCURACY, *_LOSSES], meant=_meant(identifier))
         return _NAMES[identifier](identifier, read_output(chosen))
     if is_torchmetrics(identifier):
         return TorchMetric(identifier)

@@ -124,6 +124,39 @@ class RootMeanSquaredError(_ErrorMetric):
 
 
 @final
+class MeanOfLoss(LayoutMetric):
+    """The mean of the elements of a loss: `Σ w·m·element / Σ w·m`.
+
+    Args:
+        loss: whose elements are independent of each other.
+        name: name of the metric.
+
+    Shapes: those of the loss. Statistics `[2]`.
+
+    Returns of a call: a float; NaN when nothing counted.
+
+    Divides by: Σ w·m over the elements, where a loss divides by the elements that count.
+
+    Raises:
+        InputError: shapes, weights or masks that do not fit.
+
+    Example:
+        >>> hinge = MeanOfLoss(losses.Hinge(), "hinge")
+        >>> hinge([[1.0], [0.0]], [[0.0], [1.0]], sample_weight=[1.0, 3.0])
+        1.75
+
+    Source: keras.metrics.BinaryCrossentropy, Hinge and the like 3.15.
+    """
+
+    def __init__(self, loss: losses.Loss, name: str) -> None:
+        super().__init__(name, loss)
+        self.loss = loss
+
+    def _sums(self, batch: Aligned) -> Tensor:
+        return mean_sums(self.loss._elements(batch), batch.weighting)
+
+
+@final
 class MeanMetric(LayoutMetric):
     """The mean of a function's values: `Σ w·m·f / Σ w·m`.
 

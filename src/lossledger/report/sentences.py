@@ -80,16 +80,20 @@ def balance_sentence(verdict: Verdict) -> str:
     Args:
         verdict: of a run.
     """
+    rest = ""
+    if verdict.unchecked:
+        of_them = f"{verdict.unchecked:,} {'sum is' if verdict.unchecked == 1 else 'sums are'}"
+        rest = f" {of_them} NaN or infinite and cannot be checked."
     if not verdict.sums:
-        return "There are no entries by group to check against the loss."
+        return rest.lstrip() or "There are no entries by group to check against the loss."
     sums = f"{verdict.sums:,} {'sum' if verdict.sums == 1 else 'sums'}"
     if not verdict.imbalances:
-        return f"The books balance: the entries by group add up to the printed loss in each of {sums}."
+        return f"The books balance: the entries by group add up to the printed loss in each of {sums}.{rest}"
     first = verdict.imbalances[0]
     where = f"{first.split} epoch {first.epoch}" + (f", step {first.step}" if first.step is not None else "")
     return (
         f"The books do not balance in {len(verdict.imbalances):,} of {sums}: in {where}, the entries of {first.term} "
-        f"by {first.kind} differ from its contribution by {display(first.difference)}."
+        f"by {first.kind} differ from its contribution by {display(first.difference)}.{rest}"
     )
 
 

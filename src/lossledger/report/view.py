@@ -51,7 +51,8 @@ class Hidden:
 class Verdict:
     """The printed loss of the last epoch, and whether it can be trusted.
 
-    `losses` are the last of each split; `sums` groupings were checked against their terms, `imbalances` failed.
+    `losses` are the last of each split; `sums` groupings were checked against their terms, `imbalances` failed;
+    `unchecked` belong to terms that are NaN or infinite.
     """
 
     split: str
@@ -60,6 +61,7 @@ class Verdict:
     count: int
     losses: tuple[tuple[str, float], ...]
     sums: int
+    unchecked: int
     imbalances: tuple[Imbalance, ...]
     hidden: Hidden | None
     nonfinite: int
@@ -232,13 +234,18 @@ def _verdict(ledger: Ledger, splits: list[str], final: list[Row], tables: Sequen
     split, epoch = final[0].split, final[0].epoch
     whole = [row for row in final if row.kind == "term"]
     loss = ledger.loss(split, epoch)
+    terms = ((r, math.isfinite(r.contribution)) for r in ledger.rows if r.kind == "term")
+    # Of what is NaN or infinite no sum can be checked.
+    endless = {(r.split, r.epoch, r.step, r.term) for r, finite in terms if not finite}
+    grouped = {((r.split, r.epoch, r.step, r.term), r.kind) for r in ledger.rows if r.kind != "term"}
     return Verdict(
         split=split,
         epoch=epoch,
         loss=loss,
         count=max((row.count for row in whole if row.role == "data"), default=0),
         losses=tuple((other, ledger.loss(other)) for other in splits),
-        sums=len({(r.split, r.epoch, r.step, r.term, r.kind) for r in ledger.rows if r.kind != "term"}),
+        sums=sum(where not in endless for where, _ in grouped),
+        unchecked=sum(where in endless for where, _ in grouped),
         imbalances=tuple(ledger.balance()),
         hidden=_hidden(tables, whole, loss),
         nonfinite=sum(row.nonfinite for row in ledger.rows if row.kind == "term" and row.step is None),

@@ -348,6 +348,9 @@ def _check(plan: StepPlan) -> None:
         raise UnfitError("the optimizer has hooks, or a step of somebody else")
     if any(isinstance(module, nn.RNNBase) for module in plan.net.modules()):
         raise UnfitError("recurrent layers of torch have kernels that cannot be traced")
+    for term in plan.objective.terms:
+        if term.loss.reaches:
+            raise UnfitError(f"the loss {term.name!r} reads parameters itself")
     parameters = list(plan.net.parameters())
     if len({p.device for p in parameters}) > 1 or parameters[0].device.type not in _DEVICES:
         raise UnfitError(f"the parameters are not all on one device of the kinds {list(_DEVICES)}")

@@ -1,4 +1,4 @@
-"""Parameters of a loss that no step would train: gradients of a loss are taken with respect to the predictions."""
+"""Parameters that a loss alone holds: no optimizer of the model trains them, no checkpoint keeps them."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def refuse_untrained(objective: Objective, net: nn.Module, optimizer: Optimizer)
         if own:
             raise InputError(
                 f"loss {plan.name!r}: expected a loss without trainable parameters of its own, received one with "
-                f"{', '.join(own[:5])}{', …' if len(own) > 5 else ''}, which would never change: a step takes the "
-                "gradient of the predictions. Freeze them by requires_grad_(False). Or let the model hold them and use "
-                "them in its forward: return them with the prediction, or call add_loss there (docs/training.md, "
-                "'Losses that learn')."
+                f"{', '.join(own[:5])}{', …' if len(own) > 5 else ''}, which are none of the model's: no rank, "
+                "checkpoint or gate of the training knows them. Let the model hold them (net.criterion = criterion, "
+                "before the optimizer is made), or freeze them by requires_grad_(False) (docs/training.md, 'Losses "
+                "that learn')."
             )
 
 

@@ -15,6 +15,7 @@ from lossledger.losses.aligned import Aligned
 from lossledger.losses.custom import TorchLoss
 from lossledger.losses.loss import Loss
 from lossledger.losses.prediction import Prediction
+from lossledger.losses.reach import output_only
 from lossledger.objective import Objective, unpacked
 from lossledger.tally import Tally
 from lossledger.weighting import ClassWeight, Weighting, as_tensor, carried_mask, joined
@@ -69,6 +70,12 @@ class TermCase:
     def samples(self) -> int:
         """Number of samples."""
         return int(self.y_pred.shape[0]) if self.y_pred.ndim else 1
+
+    def gradient(self, factor: float = 1.0) -> Tensor:
+        """The gradient of `factor` times the loss at the output; parameters that the loss reads collect none."""
+        assert self.batch is not None
+        with output_only():
+            return self.loss.backprop_aligned(self.batch, None, factor)[1]
 
     @property
     def custom(self) -> bool:

@@ -209,8 +209,7 @@ def _accumulated(case: Case) -> list[TermCase]:
 def _gradient(term: TermCase) -> Tensor | None:
     if term.batch is None or term.tally is None:
         return None
-    _, gradient = term.loss.backprop_aligned(term.batch, None, 1.0)
-    return term.loss.restore(gradient, term.y_pred.to(torch.promote_types(term.y_pred.dtype, torch.float32)))
+    return term.loss.restore(term.gradient(), term.y_pred.to(torch.promote_types(term.y_pred.dtype, torch.float32)))
 
 
 def logged_factor(case: Case) -> Iterator[Finding]:

@@ -59,9 +59,7 @@ def gradient_share(case: Case) -> Iterator[Finding]:
             continue
         norms = []
         for term in terms:
-            assert term.batch is not None
-            _, gradient = term.loss.backprop_aligned(term.batch, None, term.coefficient)
-            norms.append((term.name, float(gradient.double().norm())))
+            norms.append((term.name, float(term.gradient(term.coefficient).double().norm())))
         if all(math.isfinite(norm) for _, norm in norms):
             yield from share_findings(norms, "TERM2", "gradient at the output", "")
 

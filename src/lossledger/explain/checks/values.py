@@ -119,7 +119,7 @@ def gradient_not_finite(case: Case) -> Iterator[Finding]:
         if not torch.isfinite(term.batch.prediction.raw).all():
             continue
         try:
-            _, gradient = term.loss.backprop_aligned(term.batch, None, 1.0)
+            gradient = term.gradient()
         except LossledgerError:
             continue
         bad = _by_sample(gradient, term.samples)
