@@ -42,6 +42,11 @@ EXTRAS = {
 }
 
 
+NOTHING = {"SMALL": -1, "LARGE": -1}
+# Outputs and elements of small batches; only elements of losses with one an entry; those in memory set aside.
+WAITS = {"small": {}, "large": {"SMALL": 0}, "blocks": {"SMALL": 0, "BLOCK": 0}}
+
+
 def trained(monkeypatch, wait, loss="mse", target=None, extras=None, **options):
     """Rows of the ledger and the weights after two epochs."""
     g = torch.Generator().manual_seed(3)
@@ -53,8 +58,8 @@ def trained(monkeypatch, wait, loss="mse", target=None, extras=None, **options):
     model = ll.Model(net)
     model.compile(options.pop("optimizer", "adam"), loss, regularizers=options.pop("regularizers", None))
     with monkeypatch.context() as changed:
-        if not wait:
-            changed.setattr(waits, "SMALL", -1)
+        for name, value in (wait if isinstance(wait, dict) else {} if wait else NOTHING).items():
+            changed.setattr(waits, name, value)
         model.fit(x, y, batch_size=3, epochs=2, seed=1, verbose=0, checks="off", **given, **options)
     return model.ledger.rows, [p.detach().clone() for p in net.parameters()], model
 
@@ -78,6 +83,47 @@ def test_the_ledger_is_that_of_tallies_made_at_once(monkeypatch, case, extras):
     same_rows(rows, others)
     # The gradients are the same numbers: only tallies wait.
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+@pytest.mark.parametrize("size", WAITS)
+@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize("case", ["sparse", "sparse, sum", "categorical", "two sparse"])
+def test_what_waits_for_cross_entropies(monkeypatch, case, extras, size):
+    """Elements wait where shapes alone divide and targets are few; otherwise small outputs do."""
+    two = L.SparseCategoricalCrossentropy(from_logits=True) + 0.5 * L.SparseCategoricalCrossentropy(
+        from_logits=True, name="again", ignore_class=1
+    )
+    loss, target = (two, labels) if case == "two sparse" else LOSSES[case]
+    held = []
+    tallies = waits.Kept.tallies
+
+    def seen(self, *arguments):
+        held.append(self.elements is not None)
+        return tallies(self, *arguments)
+
+    monkeypatch.setattr(waits.Kept, "tallies", seen)
+    rows, weights, _ = trained(monkeypatch, WAITS[size], loss, target, EXTRAS[extras])
+    plain = extras == "plain" and (case in ("sparse", "sparse, sum") or (case == "categorical" and size == "small"))
+    assert set(held) == ({True} if plain else {False} if size == "small" else set())
+    others, expected, _ = trained(monkeypatch, False, loss, target, EXTRAS[extras])
+    same_rows(rows, others)
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_elements_that_wait_hold_no_outputs():
+    """10,000 classes: the outputs of 64 batches of 32 would be 82 MB."""
+    objective = ll.Objective(L.SparseCategoricalCrossentropy(from_logits=True))
+    some = waits.Waiting.of(objective, "class", False)
+    for _ in range(3):
+        logits, y = torch.randn(32, 10_000), torch.randint(10_000, (32,))
+        kept, pulled = some.pull(ll.Batch(logits, y), logits)
+        assert kept.output.shape == logits.shape and kept.output.untyped_storage().nbytes() <= 64
+        assert pulled.gradient.shape == logits.shape
+        some.add(kept)
+    (store,) = {one.untyped_storage().data_ptr() for batch in some._batches for one in batch.elements}
+    assert store
+    tally = some.tallies()["sparse_categorical_crossentropy"]
+    assert int(tally.count) == 96 and len(tally.groups) == 10_000
 
 
 def test_batches_do_wait(monkeypatch):
@@ -157,6 +203,7 @@ def test_evaluation_waits_too(monkeypatch):
     found = model.evaluate(x, y, batch_size=3, verbose=0)
     with monkeypatch.context() as changed:
         changed.setattr(waits, "SMALL", -1)
+        changed.setattr(waits, "LARGE", -1)
         assert found == pytest.approx(model.evaluate(x, y, batch_size=3, verbose=0), rel=1e-6)
     assert found == pytest.approx(float((model.predict(x, verbose=0) - y.numpy()).__pow__(2).mean()), rel=1e-6)
 
@@ -197,6 +244,15 @@ def test_what_waits_goes_into_a_checkpoint_and_comes_back():
     assert len(other) == 3
     mine, theirs = some.tallies()["mean_squared_error"], other.tallies()["mean_squared_error"]
     assert torch.equal(mine.numerator, theirs.numerator) and torch.equal(mine.weight, theirs.weight)
+    labelled = ll.Objective(L.SparseCategoricalCrossentropy(from_logits=True))
+    some, again = waits.Waiting.of(labelled, "class", False), waits.Waiting.of(labelled, "class", False)
+    for size in (3, 1, 2):
+        z = torch.randn(size, 5)
+        some.add(some.pull(ll.Batch(z, torch.randint(5, (size,))), z)[0])
+    again.load_state_dict(some.state_dict(), torch.device("cpu"))
+    assert len(again) == 3
+    mine, theirs = (one.tallies()["sparse_categorical_crossentropy"] for one in (some, again))
+    assert torch.equal(mine.numerator, theirs.numerator) and torch.equal(mine.groups.total, theirs.groups.total)
     empty = waits.Waiting.of(objective, "class", False)
     other.load_state_dict(empty.state_dict(), torch.device("cpu"))
     assert len(other) == 0 and other.tallies() == {}

@@ -20,10 +20,12 @@ class Pull:
     Args:
         gradient: of the loss with respect to the output.
         sums: Σ elements of each term, not finite where an element is not, or where they overflow.
+        elements: of each term, where they are all that its tally is made from beside the targets; else `None`.
     """
 
     gradient: Tensor
     sums: list[Tensor]
+    elements: list[Tensor] | None = None
 
 
 class Closed:
@@ -35,11 +37,13 @@ class Closed:
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
+        # Whether an entry has one element of each term, which is little beside an output of many classes.
+        self.few = all(term.loss.one_element for term in objective.terms)
         # What is the same for all batches of a shape: most have that of the batch before.
         self._shape: Any = None
         self._plain: list[Plain] | None = None
 
-    def pull(self, y_true: Tensor, output: Tensor, sample_weight: Any, mask: Any) -> Pull | None:
+    def pull(self, y_true: Tensor, output: Tensor, sample_weight: Any, mask: Any, plainly: bool = False) -> Pull | None:
         """The gradient of a batch that is a window of its own; `None` where it needs a tally after all.
 
         Args:
@@ -47,6 +51,7 @@ class Closed:
             output: what the model returned, without its graph.
             sample_weight: as in a call.
             mask: as in a call.
+            plainly: only where elements are all that a tally is made from, and shapes alone divide.
         """
         found = []
         if sample_weight is None and mask is None:
@@ -57,11 +62,15 @@ class Closed:
                 for known in self._plain:
                     found.append(known.gradient(y_true, prediction))
                 return self._joined(found, output)
+            if plainly and shape == self._shape:
+                return None
             self._shape = shape
         terms = self._objective.terms
         batches, _, _ = self._objective.align(y_true, output, sample_weight, mask, checked=True)
         if sample_weight is None and mask is None:
             self._plain = self._common(batches, y_true, output)
+        if plainly and self._plain is None:
+            return None
         for term, batch in zip(terms, batches, strict=True):
             found.append(closed_gradient(term.loss, batch, term.coefficient))
         return self._joined(found, output)
@@ -84,7 +93,8 @@ class Closed:
             gradient = term.loss.restore(one[1], output)
             whole = gradient if whole is None else whole.add_(gradient)
             sums.append(one[0].sum())
-        return None if whole is None else Pull(whole, sums)
+        elements = [one[0] for one in found if one is not None] if self.few and self._plain is not None else None
+        return None if whole is None else Pull(whole, sums, elements)
 
 
 def can_wait(objective: Objective) -> bool:

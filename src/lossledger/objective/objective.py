@@ -308,6 +308,23 @@ class Objective:
             found[name] = auxiliary_tally(name, value, samples)
         return found
 
+    def tallies_of(
+        self, y_true: Tensor, outline: Tensor, elements: Sequence[Tensor], by: str | None
+    ) -> dict[str, Tally]:
+        """As `tallies`, of a batch without weights and masks whose elements are known.
+
+        Args:
+            y_true: targets, checked.
+            outline: an output of that shape, with anything in it.
+            elements: of each term.
+            by: groups of the tallies.
+        """
+        batches, _, _ = self.align(y_true, outline, None, None, True)
+        return {
+            plan.name: plan.loss._tally_elements(batch, one, by if plan.loss.classes_are is not None else None)
+            for plan, batch, one in zip(self.terms, batches, elements, strict=True)
+        }
+
     def by_sample(self, plan: TermPlan, batch: Aligned) -> Tally:
         """The tally of a term with a row for each sample, for a ratio one for each of its cells."""
         return (reproducible_tally if self.reproducible else type(plan.loss).tally_aligned)(plan.loss, batch, "sample")

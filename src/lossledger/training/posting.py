@@ -48,8 +48,11 @@ def _term_rows(
         return
     keys = groups.keys if groups.keys is not None else tuple((i, "") for i in range(len(groups)))
     classes = len({group for group, _ in keys})
-    shares = tally.contributions()
+    shares = coefficient * np.asarray(tally.contributions(), dtype=float)
     cells = groups.cell or (0,) * len(groups)
+    # A list is made at once; number by number it would take most of the time.
+    total, count, weight = groups.total.tolist(), groups.count.tolist(), groups.weight.tolist()
+    contribution, divisors = shares.tolist(), divisor.tolist()
     # Thousands of classes make thousands of rows: `replace` would look at every field of each.
     shared = {field.name: getattr(whole, field.name) for field in fields(Row)} | {"nonfinite": 0, "masked": None}
     for index, (group, presence) in enumerate(keys):
@@ -57,11 +60,11 @@ def _term_rows(
             "kind": groups.kind,
             "group": objective.group_name(group, classes),
             "presence": presence,
-            "total": float(groups.total[index]),
-            "count": int(groups.count[index]),
-            "weight": float(groups.weight[index]),
-            "divisor": float(divisor[cells[index]]),
-            "contribution": coefficient * float(shares[index]),
+            "total": float(total[index]),
+            "count": int(count[index]),
+            "weight": float(weight[index]),
+            "divisor": divisors[cells[index]],
+            "contribution": contribution[index],
         }
         yield Row(**shared | own)
 

@@ -3,11 +3,14 @@
 A tally costs some twenty small operations, whatever the size of the batch: for a small model more than its forward
 pass. Tallies of parts add up to that of the whole, so that of many batches is made from them laid end to end. How many
 depends on their number alone, never on the clock: sums are the same bits in every run.
+
+Of a loss with one element an entry, such as a cross-entropy of labels, the elements wait in place of the output, which
+may have many classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,10 @@ from lossledger.weighting import carried_mask
 
 # Numbers of an output: of larger ones, keeping them costs more than their tally.
 SMALL = 4096
+# Of one whose elements wait: of larger ones, gradients are made part by part.
+LARGE = 2**21
+# From here on an output is a block of memory that must not be cut into.
+BLOCK = 2**16
 TOGETHER = 64
 
 
@@ -32,20 +39,24 @@ class Kept:
 
     Args:
         y_true: targets.
-        output: of the model, detached.
+        output: of the model, detached; beside elements its shape alone, without memory.
         sample_weight: if any.
         mask: if any.
+        elements: of each term, if they wait in place of the output.
     """
 
     y_true: Tensor
     output: Tensor
     sample_weight: Tensor | None
     mask: Tensor | None
+    elements: list[Tensor] | None = None
 
     def tallies(self, objective: Objective, by: str | None) -> dict[str, Tally]:
         """By term."""
         with torch.no_grad():
-            return objective.tallies(self.y_true, self.output, self.sample_weight, self.mask, by, checked=True)
+            if self.elements is None:
+                return objective.tallies(self.y_true, self.output, self.sample_weight, self.mask, by, checked=True)
+            return objective.tallies_of(self.y_true, self.output, self.elements, by)
 
 
 def tallies_of(
@@ -70,6 +81,10 @@ class Waiting:
         self._copies = copies
         self._closed = Closed(objective)
         self._batches: list[Kept] = []
+        # Of the last output whose elements wait.
+        self._outline: Tensor | None = None
+        self._stores: list[Tensor] | None = None
+        self._used = 0
 
     @classmethod
     def of(cls, objective: Objective, by: str | None, copies: bool) -> Waiting | None:
@@ -78,8 +93,11 @@ class Waiting:
 
     def kept(self, batch: Batch, output: Any) -> Kept | None:
         """A batch that may wait: one small output, and arrays with a row for each sample; else `None`."""
+        return self._kept(batch, output, SMALL)
+
+    def _kept(self, batch: Batch, output: Any, most: int) -> Kept | None:
         y, weight, mask = batch.y, batch.sample_weight, batch.mask
-        if type(output) is not Tensor or output.numel() > SMALL or type(y) is not Tensor:
+        if type(output) is not Tensor or output.numel() > most or type(y) is not Tensor:
             return None
         if weight is None and mask is None and not self._copies and not hasattr(output, "_keras_mask"):
             return Kept(y, output.detach(), None, None)
@@ -93,9 +111,34 @@ class Waiting:
 
     def pull(self, batch: Batch, output: Any) -> tuple[Kept, Pull] | None:
         """A batch of a step that may wait, with what to back-propagate now; else `None`."""
-        kept = self.kept(batch, output)
-        found = None if kept is None else self._closed.pull(kept.y_true, kept.output, kept.sample_weight, kept.mask)
-        return None if kept is None or found is None else (kept, found)
+        kept = self._kept(batch, output, LARGE if self._closed.few else SMALL)
+        if kept is None:
+            return None
+        plainly = output.numel() > SMALL
+        # Targets that are as large as the output wait no better than it does.
+        heavy = 2 * kept.y_true.numel() > output.numel() or kept.sample_weight is not None or kept.mask is not None
+        if plainly and heavy:
+            return None
+        found = self._closed.pull(kept.y_true, kept.output, kept.sample_weight, kept.mask, plainly)
+        if found is None:
+            return None
+        if found.elements is not None:
+            if self._outline is None or self._outline.shape != output.shape:
+                self._outline = _outline(kept.output, output.shape)
+            elements = self._stored(found.elements) if output.numel() >= BLOCK else found.elements
+            kept = Kept(kept.y_true, self._outline, None, None, elements)
+        return kept, found
+
+    def _stored(self, elements: list[Tensor]) -> list[Tensor]:
+        """Elements in memory that is set aside for those of many batches.
+
+        Each by itself would lie between the large blocks of its step, and keep the next step from using their room.
+        """
+        if self._stores is None or self._used == TOGETHER or self._stores[0].shape[1:] != elements[0].shape:
+            self._stores, self._used = [one.new_empty((TOGETHER, *one.shape)) for one in elements], 0
+        places = [store[self._used].copy_(one) for store, one in zip(self._stores, elements, strict=True)]
+        self._used += 1
+        return places
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -117,10 +160,15 @@ class Waiting:
         several = self._batches
         if len(several) == 1:
             return several[0]
+        y, whole = torch.cat([b.y_true for b in several]), several[0]
+        if whole.elements is not None:
+            parts = zip(*(b.elements for b in several if b.elements is not None), strict=True)
+            output = _outline(whole.output, (len(y), *whole.output.shape[1:]))
+            return Kept(y, output, None, None, [torch.cat(part) for part in parts])
         weights = [b.sample_weight for b in several if b.sample_weight is not None]
         masks = [b.mask for b in several if b.mask is not None]
         return Kept(
-            torch.cat([b.y_true for b in several]),
+            y,
             torch.cat([b.output for b in several]),
             torch.cat(weights) if weights else None,
             torch.cat(masks) if masks else None,
@@ -131,7 +179,11 @@ class Waiting:
         if not self._batches:
             return {"sizes": []}
         whole = self._whole()
-        arrays = {"y": whole.y_true, "output": whole.output, "weight": whole.sample_weight, "mask": whole.mask}
+        arrays: dict[str, Any] = {"y": whole.y_true, "weight": whole.sample_weight, "mask": whole.mask}
+        if whole.elements is None:
+            arrays["output"] = whole.output
+        else:
+            arrays |= {"output": None, "elements": whole.elements, "shape": list(whole.output.shape[1:])}
         return {"sizes": [len(batch.y_true) for batch in self._batches], **arrays}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -142,12 +194,24 @@ class Waiting:
             return
         names = ("y", "output", "weight", "mask")
         parts = [(None,) * len(sizes) if state[n] is None else state[n].to(device).split(sizes) for n in names]
-        for batch in zip(*parts, strict=True):
-            self.add(Kept(*batch))
+        # Checkpoints of before hold no elements.
+        of_terms = [one.to(device).split(sizes) for one in state.get("elements", ())]
+        for position, (y, output, weight, mask) in enumerate(zip(*parts, strict=True)):
+            elements = [one[position] for one in of_terms] or None
+            if elements is not None:
+                output = _outline(elements[0], (len(y), *state["shape"]))
+            self.add(Kept(y, output, weight, mask, elements))
+
+
+def _outline(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An output of a shape without its memory, in dtype and device as another."""
+    return like.new_empty(()).expand(tuple(shape))
 
 
 def _alike(a: Kept, b: Kept) -> bool:
     """Whether the arrays of two batches can be laid end to end."""
+    if (a.elements is None) is not (b.elements is None):
+        return False
     for one, other in (
         (a.y_true, b.y_true),
         (a.output, b.output),

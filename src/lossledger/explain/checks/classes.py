@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+import torch
+
 from lossledger.explain.checks.case import Case
 from lossledger.explain.checks.finding import Finding
 from lossledger.objective import Objective
@@ -42,12 +44,14 @@ def rows_of(tally: Tally, objective: Objective) -> list[ClassRow]:
         return []
     classes = len({key for key, _ in groups.keys})
     value = float(tally.value)
-    shares = [float(s) / value if value else 0.0 for s in tally.contributions()]
+    # Lists are read at once; number by number, thousands of classes would take longer than a step.
+    shares = torch.as_tensor(tally.contributions()).double().tolist()
+    count = torch.as_tensor(groups.count).double().tolist()
+    weight = torch.as_tensor(groups.weight).double().tolist()
+    total = torch.as_tensor(groups.total).double().tolist()
     return [
-        ClassRow(objective.group_name(key, classes), presence, float(count), float(weight), float(total), share)
-        for (key, presence), count, weight, total, share in zip(
-            groups.keys, groups.count, groups.weight, groups.total, shares, strict=True
-        )
+        ClassRow(objective.group_name(key, classes), presence, n, w, t, share / value if value else 0.0)
+        for (key, presence), n, w, t, share in zip(groups.keys, count, weight, total, shares, strict=True)
     ]
 
 
