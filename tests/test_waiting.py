@@ -43,8 +43,8 @@ EXTRAS = {
 
 
 NOTHING = {"SMALL": -1, "LARGE": -1}
-# Outputs and elements of small batches; only elements of losses with one an entry; those in memory set aside.
-WAITS = {"small": {}, "large": {"SMALL": 0}, "blocks": {"SMALL": 0, "BLOCK": 0}}
+# Outputs of small batches, and elements of losses with one an entry; of large ones only those.
+WAITS = {"small": {}, "large": {"SMALL": 0}}
 
 
 def trained(monkeypatch, wait, loss="mse", target=None, extras=None, **options):

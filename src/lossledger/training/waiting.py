@@ -25,11 +25,9 @@ from lossledger.training.packed import Packed
 from lossledger.weighting import carried_mask
 
 # Numbers of an output: of larger ones, keeping them costs more than their tally.
-SMALL = 4096
+SMALL = 2**15
 # Of one whose elements wait: of larger ones, gradients are made part by part.
 LARGE = 2**21
-# From here on an output is a block of memory that must not be cut into.
-BLOCK = 2**16
 TOGETHER = 64
 
 
@@ -83,8 +81,7 @@ class Waiting:
         self._batches: list[Kept] = []
         # Of the last output whose elements wait.
         self._outline: Tensor | None = None
-        self._stores: list[Tensor] | None = None
-        self._used = 0
+        self._places: dict[str | int, list[Tensor]] = {}
 
     @classmethod
     def of(cls, objective: Objective, by: str | None, copies: bool) -> Waiting | None:
@@ -93,52 +90,58 @@ class Waiting:
 
     def kept(self, batch: Batch, output: Any) -> Kept | None:
         """A batch that may wait: one small output, and arrays with a row for each sample; else `None`."""
-        return self._kept(batch, output, SMALL)
-
-    def _kept(self, batch: Batch, output: Any, most: int) -> Kept | None:
-        y, weight, mask = batch.y, batch.sample_weight, batch.mask
-        if type(output) is not Tensor or output.numel() > most or type(y) is not Tensor:
+        if type(output) is not Tensor or output.numel() > SMALL:
             return None
-        if weight is None and mask is None and not self._copies and not hasattr(output, "_keras_mask"):
-            return Kept(y, output.detach(), None, None)
-        if carried_mask(output) is not None:
-            return None
-        for given in (weight, mask):
-            if given is not None and (type(given) is not Tensor or given.shape[:1] != y.shape[:1]):
-                return None
-        arrays = [given.clone() if given is not None and self._copies else given for given in (y, weight, mask)]
-        return Kept(arrays[0], output.detach(), arrays[1], arrays[2])
+        given = self._given(batch, output)
+        return None if given is None else Kept(given[0], self._own("output", output.detach()), *given[1:])
 
     def pull(self, batch: Batch, output: Any) -> tuple[Kept, Pull] | None:
         """A batch of a step that may wait, with what to back-propagate now; else `None`."""
-        kept = self._kept(batch, output, LARGE if self._closed.few else SMALL)
-        if kept is None:
+        if type(output) is not Tensor:
             return None
         plainly = output.numel() > SMALL
-        # Targets that are as large as the output wait no better than it does.
-        heavy = 2 * kept.y_true.numel() > output.numel() or kept.sample_weight is not None or kept.mask is not None
-        if plainly and heavy:
+        if plainly and (output.numel() > LARGE or not self._closed.few or not _light(batch, output)):
             return None
-        found = self._closed.pull(kept.y_true, kept.output, kept.sample_weight, kept.mask, plainly)
+        y, weight, mask = batch.y, batch.sample_weight, batch.mask
+        bare = weight is None and mask is None and not self._copies and not hasattr(output, "_keras_mask")
+        given = (y, None, None) if bare and type(y) is Tensor else self._given(batch, output)
+        if given is None:
+            return None
+        detached = output.detach()
+        found = self._closed.pull(given[0], detached, given[1], given[2], plainly)
         if found is None:
             return None
-        if found.elements is not None:
-            if self._outline is None or self._outline.shape != output.shape:
-                self._outline = _outline(kept.output, output.shape)
-            elements = self._stored(found.elements) if output.numel() >= BLOCK else found.elements
-            kept = Kept(kept.y_true, self._outline, None, None, elements)
-        return kept, found
+        if found.elements is None:
+            return Kept(given[0], self._own("output", detached), given[1], given[2]), found
+        if self._outline is None or self._outline.shape != output.shape:
+            self._outline = _outline(detached, output.shape)
+        elements = [self._own(position, one) for position, one in enumerate(found.elements)]
+        return Kept(given[0], self._outline, None, None, elements), found
 
-    def _stored(self, elements: list[Tensor]) -> list[Tensor]:
-        """Elements in memory that is set aside for those of many batches.
+    def _given(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        """Targets, weights and mask; `None` where they are no arrays with a row for each sample."""
+        y, weight, mask = batch.y, batch.sample_weight, batch.mask
+        if type(y) is not Tensor:
+            return None
+        if carried_mask(output) is not None:
+            return None
+        for values in (weight, mask):
+            if values is not None and (type(values) is not Tensor or values.shape[:1] != y.shape[:1]):
+                return None
+        if not self._copies:
+            return y, weight, mask
+        own = [None if v is None else self._own(n, v) for n, v in (("weight", weight), ("mask", mask))]
+        return self._own("y", y), own[0], own[1]
 
-        Each by itself would lie between the large blocks of its step, and keep the next step from using their room.
+    def _own(self, name: str | int, values: Tensor) -> Tensor:
+        """A copy, in memory that is set aside for those of many batches.
+
+        By itself it would lie between the blocks of its step, and keep the next step from using their room.
         """
-        if self._stores is None or self._used == TOGETHER or self._stores[0].shape[1:] != elements[0].shape:
-            self._stores, self._used = [one.new_empty((TOGETHER, *one.shape)) for one in elements], 0
-        places = [store[self._used].copy_(one) for store, one in zip(self._stores, elements, strict=True)]
-        self._used += 1
-        return places
+        places = self._places.get(name)
+        if not places or places[-1].shape != values.shape or places[-1].dtype != values.dtype:
+            places = self._places[name] = list(values.new_empty((TOGETHER, *values.shape)).unbind())
+        return places.pop().copy_(values)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -201,6 +204,13 @@ class Waiting:
             if elements is not None:
                 output = _outline(elements[0], (len(y), *state["shape"]))
             self.add(Kept(y, output, weight, mask, elements))
+
+
+def _light(batch: Batch, output: Tensor) -> bool:
+    """Whether what comes beside a large output is little: targets of its size wait no better than it does."""
+    y = batch.y
+    alone = batch.sample_weight is None and batch.mask is None
+    return alone and type(y) is Tensor and 2 * y.numel() <= output.numel()
 
 
 def _outline(like: Tensor, shape: Sequence[int]) -> Tensor:
