@@ -447,3 +447,44 @@ def test_numpy_numbers_are_numbers(kind):
     number = np.dtype(kind).type(2)
     assert (mse * number).terms[0][0] == 2.0
     assert ll.Objective("mse", loss_weights=number).terms[0].coefficient == 2.0
+
+
+class InTorchsOrder(nn.Module):
+    def forward(self, pred, target):
+        return (3 * F.relu(target - pred) + F.relu(pred - target)).mean()
+
+
+class CalledInTorchsOrder(L.Loss):
+    def call(self, logits, labels):
+        return (labels - logits).exp().mean(-1)
+
+
+def named_in_torchs_order(input, target):
+    return (target - input).exp().mean(-1)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        InTorchsOrder(),
+        CalledInTorchsOrder(),
+        named_in_torchs_order,
+        functools.partial(named_in_torchs_order),
+        lambda y_hat, y: (y - y_hat).exp(),
+    ],
+)
+def test_a_loss_whose_arguments_are_named_in_torchs_order_is_refused(own):
+    for use in (L.get, ll.metrics.get, lambda fn: ll.Model(nn.Linear(1, 1)).compile("sgd", fn)):
+        if isinstance(own, L.Loss) and use is ll.metrics.get:
+            continue
+        with pytest.raises(InputError, match=r"expected \(y_true, y_pred\), received \(.*wrap it: lambda y_true, y_p"):
+            use(own)
+
+
+def test_names_that_say_no_order_or_the_right_one_are_taken():
+    y_true, y_pred = torch.zeros(2, 1), torch.tensor([[1.0], [2.0]])
+    module = InTorchsOrder()
+    for own in (lambda a, b: b.mean(-1), lambda target, input: input.mean(-1), lambda y, x: x.mean(-1), torch.maximum):
+        assert float(L.get(own)(y_true, y_pred)) == 1.5
+    wrapped = L.get(lambda y_true, y_pred: module(y_pred, y_true))
+    assert float(wrapped(y_true, y_pred)) == float(module(y_pred, y_true)) != float(module(y_true, y_pred))

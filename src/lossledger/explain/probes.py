@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lossledger.errors import InputError, InputTypeError
+from lossledger.losses.arguments import OUTPUTS, TARGETS
 from lossledger.losses.expression import Expression
 from lossledger.losses.loss import Loss
 from lossledger.values import shape_of
@@ -22,8 +23,6 @@ from lossledger.weighting import as_mask, as_tensor
 Order = Literal["y_true, y_pred", "input, target"]
 
 MOST_ROWS = 16
-_TARGETS = ("y_true", "true", "target", "targets", "label", "labels", "y", "gt", "ground_truth", "t")
-_OUTPUTS = ("y_pred", "pred", "preds", "prediction", "predictions", "input", "inputs", "output", "outputs", "logits")
 _WEIGHTS = ("sample_weight", "sample_weights", "weights")
 
 
@@ -161,9 +160,9 @@ def _order_of(fn: Any, names: Sequence[str]) -> Order:
     if isinstance(fn, nn.Module):
         return "input, target"
     first = names[0].lower() if names else ""
-    if first in _OUTPUTS and not (len(names) > 1 and names[1].lower() in _OUTPUTS):
+    if first in OUTPUTS and not (len(names) > 1 and names[1].lower() in OUTPUTS):
         return "input, target"
-    if first not in _TARGETS and len(names) > 1 and names[1].lower() in _TARGETS:
+    if first not in TARGETS and len(names) > 1 and names[1].lower() in TARGETS:
         return "input, target"
     return "y_true, y_pred"
 

@@ -9,7 +9,23 @@ from typing import Any
 
 import torch
 
-from lossledger.errors import InputTypeError
+from lossledger.errors import InputError, InputTypeError
+
+TARGETS = ("y_true", "true", "target", "targets", "label", "labels", "y", "gt", "ground_truth", "t")
+OUTPUTS = (
+    "y_pred",
+    "y_hat",
+    "pred",
+    "preds",
+    "prediction",
+    "predictions",
+    "input",
+    "inputs",
+    "output",
+    "outputs",
+    "logits",
+)
+"""What people call the two arguments of a loss, in small letters."""
 
 
 def snake_case(name: str) -> str:
@@ -45,6 +61,27 @@ def check_made(made: Any, base: str, *needed: str) -> None:
             f"{kind}: expected a {base} with what {base}.__init__ sets, received one without "
             f"{missing[0].lstrip('_')!r}. "
             f"Call super().__init__({'name' if base == 'Metric' else ''}) first in {kind}.__init__."
+        )
+
+
+def check_order(fn: Callable[..., Any], name: str) -> None:
+    """The names of a function's arguments do not say that it takes the output first, as torch's losses do.
+
+    The numbers could not tell: a loss of two arrays of one shape runs either way, with another value and gradient.
+
+    Raises:
+        InputError: they do.
+    """
+    try:
+        names = list(inspect.signature(fn).parameters)[:2]
+    except (TypeError, ValueError):
+        # Functions written in C have no signature.
+        return
+    if len(names) == 2 and names[0].lower() in OUTPUTS and names[1].lower() in TARGETS:
+        raise InputError(
+            f"{name}: it would be called with the targets first, and its arguments are named in torch's order; "
+            f"expected (y_true, y_pred), received ({', '.join(names)}). Swap them, or wrap it: lambda y_true, y_pred: "
+            f"{name}(y_pred, y_true)."
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lossledger import reduction as reductions
 from lossledger.errors import InputError, InputTypeError
 from lossledger.losses.aligned import Aligned, Late, and_mask
+from lossledger.losses.arguments import check_order
 from lossledger.losses.loss import Loss
 from lossledger.reduction import Reduction
 from lossledger.tally import Tally
@@ -42,7 +43,7 @@ class FunctionLoss(Loss):
     Divides by: the number of values, or the samples of a scalar mean.
 
     Raises:
-        InputError: a scalar together with weights or a mask.
+        InputError: a scalar together with weights or a mask, a function whose arguments are named in torch's order.
 
     Example:
         >>> import lossledger as ll, torch
@@ -64,6 +65,7 @@ class FunctionLoss(Loss):
         if scalar not in (None, "mean", "sum"):
             raise InputError(f"scalar must be 'mean', 'sum' or None; received {scalar!r}.")
         found = getattr(fn, "__name__", type(fn).__name__)
+        check_order(fn.forward if isinstance(fn, nn.Module) else fn, found)
         super().__init__(name or ("loss" if found == "<lambda>" else found), reduction, dtype)
         self.fn = fn
         self.scalar = scalar

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lossledger.errors import InputError, InputTypeError
-from lossledger.losses.arguments import check_made
+from lossledger.losses.arguments import check_made, check_order
 from lossledger.values import is_number
 
 if TYPE_CHECKING:
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 
 def check_loss(loss: Loss) -> None:
-    """A loss of somebody's own called `super().__init__()`.
+    """A loss of somebody's own called `super().__init__()`, and its `call` takes the targets first.
 
     Raises:
         InputTypeError: it did not.
+        InputError: the arguments of `call` are named in torch's order.
     """
     check_made(loss, "Loss", "name", "reduction", "_dtype")
+    check_order(loss.call, f"{type(loss).__name__}.call")
 
 
 class Expression:
