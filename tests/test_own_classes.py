@@ -238,6 +238,109 @@ def test_checks_leave_the_gradient_of_a_head_as_it_is():
     assert head.bias.grad is None
 
 
+class Doubled(torch.autograd.Function):
+    """A function of somebody's own whose context has an attribute that nodes of torch have too."""
+
+    @staticmethod
+    def forward(ctx, values):
+        ctx.variable = "values"
+        return 2 * values
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class Remembering(nn.Module):
+    """What the forward leaves for a loss, as the encoder of a variational model does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        self.hidden = torch.tanh(self.first(x))
+        return self.last(self.hidden)
+
+
+def squared(y_true, y_pred):
+    return (y_true - y_pred).square().mean(-1)
+
+
+def reading(held, loss):
+    """A network with a parameter, and a loss that reads it."""
+
+    def made():
+        torch.manual_seed(0)
+        net = nn.Linear(2, 1)
+        net.held = nn.Parameter(held.clone())
+        return net, lambda y_true, y_pred: loss(net, y_true, y_pred)
+
+    return made
+
+
+def remembered():
+    torch.manual_seed(0)
+    net = Remembering()
+    return net, lambda y_true, y_pred: squared(y_true, y_pred) + 0.5 * net.hidden.square().mean(-1)
+
+
+READ = {
+    "a sum": reading(torch.zeros(5, 3), lambda net, t, p: squared(t, p) + 0.1 * net.held.sum()),
+    "transposed": reading(
+        torch.linspace(0, 1, 6).reshape(2, 3),
+        lambda net, t, p: squared(t, p) + (net.held.t() @ net.held.detach()).tril().square().sum(),
+    ),
+    "beside the output": reading(torch.zeros(12, 1), lambda net, t, p: squared(t, p + net.held)),
+    "in a function": reading(torch.ones(1), lambda net, t, p: squared(t, p) + Doubled.apply(net.held).square()),
+    "of the forward": remembered,
+}
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("make", READ.values(), ids=READ)
+def test_what_a_loss_reads_learns_as_in_plain_torch(make, clip):
+    """Whatever memory autograd hands gradients out in: fused optimizers and clipping write and read it in place."""
+    parameters = []
+    for by_hand in (True, False):
+        net, loss = make()
+        optimizer = torch.optim.Adam(net.parameters(), 0.05)
+        if by_hand:
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss(Y, net(X)).mean().backward()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(net.parameters(), clip)
+                optimizer.step()
+        else:
+            model = ll.Model(net)
+            model.compile(optimizer, loss, clip_norm=clip)
+            model.fit(X, Y, batch_size=12, epochs=3, shuffle=False, verbose=0)
+        parameters.append({name: value.detach() for name, value in net.named_parameters()})
+    for name, value in parameters[0].items():
+        torch.testing.assert_close(parameters[1][name], value, rtol=2e-5, atol=1e-6, msg=name)
+
+
+def test_parameters_with_one_gradient_have_a_tensor_each():
+    torch.manual_seed(0)
+    net = nn.Linear(2, 1)
+    net.one, net.other = nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1, 1))
+    loss = ll.losses.FunctionLoss(lambda t, p: (squared(t, p) * torch.exp(net.one + net.other)[0]).mean(-1))
+    loss.backprop(Y, net(X))
+    assert net.one.grad.data_ptr() != net.other.grad.data_ptr()
+    torch.testing.assert_close(net.one.grad, net.other.grad)
+
+
+def test_a_term_whose_gradient_is_one_number_goes_before_another():
+    net = nn.Linear(2, 1)
+    (net(X).mean() + 0.5 * (net(X) - Y).square().mean()).backward()
+    expected = net.weight.grad.clone()
+    net.zero_grad()
+    mean = ll.losses.FunctionLoss(lambda y_true, y_pred: y_pred, name="mean")
+    ll.Objective(mean + 0.5 * ll.losses.MeanSquaredError()).step([(X, Y)], net)
+    torch.testing.assert_close(net.weight.grad, expected)
+
+
 # --- the remedies --------------------------------------------------------------------------------------------------
 
 

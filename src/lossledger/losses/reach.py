@@ -54,7 +54,8 @@ def pull(value: Tensor, output: Tensor, where: str) -> tuple[Tensor, bool]:
     others = [] if torch.compiler.is_compiling() else [p for p in _leaves(value, output) if is_wanted(p)]
     found: tuple[Tensor | None, ...] = (None,)
     if value.requires_grad:
-        found = torch.autograd.grad(value, [output, *others], allow_unused=True)
+        # What else is read may have come with the output from one forward, whose graph is still to be gone through.
+        found = torch.autograd.grad(value, [output, *others], retain_graph=bool(others), allow_unused=True)
     gradient, *rest = found
     if gradient is None:
         raise InputError(
@@ -64,8 +65,14 @@ def pull(value: Tensor, output: Tensor, where: str) -> tuple[Tensor, bool]:
     for leaf, further in zip(others, rest, strict=True):
         if further is not None:
             # As `backward` does, in place: whoever holds the tensor sees the sum.
-            leaf.grad = further if leaf.grad is None else leaf.grad.add_(further)
-    return gradient, bool(others)
+            leaf.grad = _own(leaf, further) if leaf.grad is None else leaf.grad.add_(further)
+    # Those of other terms are added to it, which one number that stands for all does not let happen.
+    return gradient.contiguous() if 0 in gradient.stride() else gradient, bool(others)
+
+
+def _own(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in memory of its own, laid out as the leaf: autograd hands out views, and one tensor to several."""
+    return torch.empty_like(leaf).copy_(gradient) if gradient.layout == torch.strided else gradient.clone()
 
 
 def _leaves(value: Tensor, known: Tensor) -> list[Tensor]:
@@ -76,8 +83,8 @@ def _leaves(value: Tensor, known: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        # Of a node that collects the gradient of a leaf.
-        leaf = getattr(node, "variable", None)
+        # Functions of the user may have attributes of any name.
+        leaf = node.variable if type(node).__name__ == "AccumulateGrad" else None
         if leaf is not None and leaf is not known:
             found.append(leaf)
         waiting.extend(before for before, _ in node.next_functions)
