@@ -126,6 +126,26 @@ def test_elements_that_wait_hold_no_outputs():
     assert int(tally.count) == 96 and len(tally.groups) == 10_000
 
 
+def test_batches_with_and_without_weights_take_turns():
+    objective = ll.Objective(L.SparseCategoricalCrossentropy(from_logits=True))
+    some = waits.Waiting.of(objective, "class", False)
+    for weight in (None, torch.tensor([0.0, 2.0, 5.0]), None):
+        logits, y = torch.randn(3, 4), torch.randint(4, (3,))
+        kept, _ = some.pull(ll.Batch(logits, y, weight), logits)
+        (made,) = kept.tallies(objective, "class").values()
+        expected = objective.tallies(y, logits, weight)["sparse_categorical_crossentropy"]
+        torch.testing.assert_close(made.numerator, expected.numerator)
+        torch.testing.assert_close(torch.as_tensor(made.weight), torch.as_tensor(expected.weight))
+
+
+def test_batches_of_many_entries_do_not_wait():
+    """64 batches of pictures would hold a gigabyte, for tallies that cost little beside their steps."""
+    some = waits.Waiting.of(ll.Objective(L.SparseCategoricalCrossentropy(from_logits=True)), "class", False)
+    for entries, wait in ((64, True), (2**13, True), (2**13 + 1, False)):
+        logits, y = torch.randn(1, entries, 8), torch.randint(8, (1, entries))
+        assert (some.pull(ll.Batch(logits, y), logits) is not None) is wait
+
+
 def test_batches_do_wait(monkeypatch):
     sizes = []
     tallies = waits.Kept.tallies

@@ -61,19 +61,20 @@ class Closed:
                 prediction.shared = len(self._plain) > 1
                 for known in self._plain:
                     found.append(known.gradient(y_true, prediction))
-                return self._joined(found, output)
+                return self._joined(found, output, True)
             if plainly and shape == self._shape:
                 return None
             self._shape = shape
-        terms = self._objective.terms
+        terms, shared = self._objective.terms, False
         batches, _, _ = self._objective.align(y_true, output, sample_weight, mask, checked=True)
         if sample_weight is None and mask is None:
             self._plain = self._common(batches, y_true, output)
-        if plainly and self._plain is None:
+            shared = self._plain is not None
+        if plainly and not shared:
             return None
         for term, batch in zip(terms, batches, strict=True):
             found.append(closed_gradient(term.loss, batch, term.coefficient))
-        return self._joined(found, output)
+        return self._joined(found, output, shared)
 
     def _common(self, batches: list[Aligned], y_true: Tensor, output: Tensor) -> list[Plain] | None:
         found = []
@@ -84,7 +85,8 @@ class Closed:
             found.append(one)
         return found
 
-    def _joined(self, found: list[tuple[Tensor, Tensor] | None], output: Tensor) -> Pull | None:
+    def _joined(self, found: list[tuple[Tensor, Tensor] | None], output: Tensor, shared: bool) -> Pull | None:
+        """The pull of a batch from that of its terms; `shared`: with `Plain`, what others of its shape have too."""
         whole: Tensor | None = None
         sums = []
         for term, one in zip(self._objective.terms, found, strict=True):
@@ -93,7 +95,7 @@ class Closed:
             gradient = term.loss.restore(one[1], output)
             whole = gradient if whole is None else whole.add_(gradient)
             sums.append(one[0].sum())
-        elements = [one[0] for one in found if one is not None] if self.few and self._plain is not None else None
+        elements = [one[0] for one in found if one is not None] if self.few and shared else None
         return None if whole is None else Pull(whole, sums, elements)
 
 

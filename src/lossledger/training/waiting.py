@@ -28,6 +28,8 @@ from lossledger.weighting import carried_mask
 SMALL = 2**15
 # Of one whose elements wait: of larger ones, gradients are made part by part.
 LARGE = 2**21
+# Entries of such: with more of them a tally costs little beside its step, and those of many batches much memory.
+ENTRIES = 2**13
 TOGETHER = 64
 
 
@@ -207,10 +209,10 @@ class Waiting:
 
 
 def _light(batch: Batch, output: Tensor) -> bool:
-    """Whether what comes beside a large output is little: targets of its size wait no better than it does."""
+    """Whether what waits in place of a large output is little: targets of its size wait no better than it does."""
     y = batch.y
     alone = batch.sample_weight is None and batch.mask is None
-    return alone and type(y) is Tensor and 2 * y.numel() <= output.numel()
+    return alone and type(y) is Tensor and y.numel() <= min(ENTRIES, output.numel() // 2)
 
 
 def _outline(like: Tensor, shape: Sequence[int]) -> Tensor:
