@@ -678,6 +678,22 @@ def test_a_cross_entropy_by_name_reads_the_output_as_the_loss_does() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "loss", "target"),
+    [
+        ("bce", nn.BCEWithLogitsLoss(), torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])),
+        ("sparse_categorical_crossentropy", nn.CrossEntropyLoss(), torch.tensor([2, 0])),
+        ("sparse_categorical_crossentropy", nn.NLLLoss(), torch.tensor([2, 0])),
+    ],
+)
+def test_a_cross_entropy_by_name_reads_the_output_as_a_loss_of_torch_does(
+    name: str, loss: nn.Module, target: Tensor
+) -> None:
+    output = torch.tensor([[3.0, -2.0, 0.5], [0.5, 9.0, 1.0]])
+    output = output.log_softmax(1) if isinstance(loss, nn.NLLLoss) else output
+    assert metrics.get(name, loss)(target, output) == pytest.approx(float(loss(output, target)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
     ("name", "meant"),
     [("auc", "keras.metrics.AUC"), ("F1", "keras.metrics.F1Score"), ("mean_iou", "Did you mean 'iou'")],
 )

@@ -208,10 +208,16 @@ def _of_loss(name: str, kind: type[Loss], loss: Loss | Expression | None) -> Met
     output, takes = read_output(loss), arguments(kind.__init__)
     known: dict[str, Any] = {}
     if "from_logits" in takes:
-        known["from_logits"] = any(part.space == "logits" for part in terms)
+        known["from_logits"] = any(map(_reads_logits, terms))
     if output is not None:
         known |= {n: getattr(output, n) for n in ("axis", "ignore_class") if n in takes}
     return MeanOfLoss(kind(**known), name)
+
+
+def _reads_logits(loss: Loss) -> bool:
+    # Logarithms of probabilities, which NLLLoss takes, are logits too.
+    kinds = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, nn.CrossEntropyLoss, nn.NLLLoss)
+    return isinstance(loss.module, kinds) if isinstance(loss, losses.TorchLoss) else loss.space == "logits"
 
 
 def _meant(name: str) -> str:
