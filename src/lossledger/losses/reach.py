@@ -84,7 +84,7 @@ def _leaves(value: Tensor, known: Tensor) -> list[Tensor]:
             continue
         seen.add(node)
         # Functions of the user may have attributes of any name.
-        leaf = node.variable if type(node).__name__ == "AccumulateGrad" else None
+        leaf = node.variable if type(node).__name__ == "AccumulateGrad" else None  # type: ignore[attr-defined]
         if leaf is not None and leaf is not known:
             found.append(leaf)
         waiting.extend(before for before, _ in node.next_functions)
