@@ -673,6 +673,16 @@ def test_an_output_that_does_not_exist_is_named():
         compiled(two("list"), {"zeto": "mse"})
 
 
+def test_the_output_of_a_sequential_model_has_the_name_of_its_last_layer():
+    x, y = data()
+    net = keras.Sequential([keras.Input((4,)), layers.Dense(1, name="out")])
+    model = compiled(net, {"out": "mse"}, loss_weights={"out": 3.0}, metrics={"out": ["mae"]})
+    error = net.predict(x, verbose=0) - y
+    assert model.evaluate(x, y, verbose=0) == pytest.approx([3 * (error**2).mean(), abs(error).mean()], rel=1e-5)
+    with pytest.raises(errors.UnknownNameError, match="'out'; received 'ouch'"):
+        compiled(net, {"ouch": "mse"})
+
+
 def test_a_dict_of_targets_goes_by_name_in_any_order():
     net = two("list")
     x, y = data()
@@ -875,6 +885,33 @@ def test_a_metric_with_several_thresholds_has_no_one_number():
     with pytest.raises(errors.InputError, match=r"one threshold, received \[0\.2, 0\.8\]"):
         ll.metrics.get(keras.metrics.Recall(thresholds=[0.2, 0.8]))
     assert ll.metrics.get(keras.metrics.Precision(thresholds=[0.2], name="p")).name == "p"
+
+
+class Hits(keras.metrics.Metric):
+    def __init__(self):
+        super().__init__(name="hits")
+        self.hits = self.add_weight(name="hits", initializer="zeros")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.hits.assign_add(keras.ops.sum(keras.ops.cast((y_pred > 0.5) == (y_true > 0.5), "float32")))
+
+    def result(self):
+        return self.hits
+
+
+class HitsTwice(Hits):
+    def result(self):
+        return {"once": self.hits, "twice": 2 * self.hits}
+
+
+def test_a_metric_may_return_its_variable_but_only_one_number():
+    x, _ = data(40)
+    y = (x[:, :1] > 0.2).astype("float32")
+    net = keras.Sequential([keras.Input((4,)), layers.Dense(1, activation="sigmoid")])
+    mine = compiled(net, "binary_crossentropy", metrics=[Hits()]).evaluate(x, y, 7, verbose=0, return_dict=True)
+    assert mine["hits"] == ((net.predict(x, verbose=0) > 0.5) == (y > 0.5)).sum()
+    with pytest.raises(errors.InputTypeError, match=r"hits: expected a scalar.*\['once', 'twice'\].*a metric for each"):
+        compiled(net, "binary_crossentropy", metrics=[HitsTwice()]).evaluate(x, y, verbose=0)
 
 
 def test_a_mask_counts_in_every_metric():
@@ -1123,6 +1160,95 @@ def test_an_epoch_of_dice_differs_from_keras_by_the_division():
     expected = np.average([dice(s) for s in batches], weights=[5, 5, 2])
     assert net.evaluate(x, y, batch_size=5, verbose=0) == pytest.approx(expected, rel=1e-5)
     assert ll.Model.from_compiled(net).evaluate(x, y, 5, verbose=0) == pytest.approx(dice(slice(None)), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["logits", "columns", "ignored"])
+def test_accuracy_by_name_reads_the_loss_and_in_keras_the_shapes(case):
+    """The exact difference: which accuracy Keras takes, its threshold and its divisor do not depend on the loss."""
+    x, _ = data(40)
+    y = (x[:, :1] > 0.2).astype("float32") if case == "logits" else (x[:, :3] > 0.2).astype("float32")
+    loss = keras.losses.BinaryCrossentropy(from_logits=case == "logits")
+    width = y.shape[1]
+    if case == "ignored":
+        y, loss = np.arange(40) % 3 - 1, keras.losses.SparseCategoricalCrossentropy(ignore_class=-1)
+    activation = {"logits": None, "columns": "sigmoid", "ignored": "softmax"}[case]
+    net = keras.Sequential([keras.Input((4,)), layers.Dense(width, activation=activation)])
+    net.compile("sgd", loss, metrics=["accuracy"])
+    theirs = net.evaluate(x, y, verbose=0, return_dict=True)["accuracy"]
+    mine = ll.Model.from_compiled(net).evaluate(x, y, verbose=0, return_dict=True)["accuracy"]
+    p = net.predict(x, verbose=0)
+    expected = {
+        "logits": lambda: (((p > 0.5) == (y > 0.5)).mean(), ((p > 0) == (y > 0.5)).mean()),
+        "columns": lambda: ((p.argmax(-1) == y.argmax(-1)).mean(), ((p > 0.5) == (y > 0.5)).mean()),
+        "ignored": lambda: ((p.argmax(-1) == y).mean(), (p.argmax(-1) == y)[y >= 0].mean()),
+    }[case]()
+    assert (theirs, mine) == pytest.approx(expected, rel=1e-5)
+    assert abs(theirs - mine) > 0.01
+
+
+def test_class_weights_are_by_column_here_and_by_the_largest_target_in_keras():
+    """The exact difference: Keras makes sample weights of them, which weighted metrics then count as well."""
+    x, _ = data(12)
+    y = (x[:, :3] > 0.2).astype("float32")
+    given = {0: 1.0, 1: 3.0, 2: 0.5}
+    net = keras.Sequential([keras.Input((4,)), layers.Dense(3, activation="sigmoid")])
+    p = net.predict(x, verbose=0).astype("float64")
+    entropy = -(y * np.log(p) + (1 - y) * np.log(1 - p))
+    by_column = np.array(list(given.values()))
+    by_largest = by_column[y.argmax(-1)]
+    hits = ((p > 0.5) == (y > 0.5)).mean(-1)
+    net.compile("sgd", "binary_crossentropy", weighted_metrics=["binary_accuracy"])
+    mine = ll.Model.from_compiled(net).train_on_batch(x, y, class_weight=given)
+    assert mine == pytest.approx([(entropy * by_column).mean(), hits.mean()], rel=1e-5)
+    other = keras.models.clone_model(net)
+    other.compile("sgd", "binary_crossentropy", weighted_metrics=["binary_accuracy"])
+    q = other.predict(x, verbose=0).astype("float64")
+    entropy = -(y * np.log(q) + (1 - y) * np.log(1 - q)).mean(-1)
+    hits = ((q > 0.5) == (y > 0.5)).mean(-1)
+    theirs = other.train_on_batch(x, y, class_weight=given)
+    assert theirs == pytest.approx([(entropy * by_largest).mean(), np.average(hits, weights=by_largest)], rel=1e-5)
+
+
+def test_the_epoch_of_a_sum_is_a_sum():
+    """The exact difference: Keras means the sums of the batches by their samples."""
+    net = net_of_one()
+    x, y = data()
+    net.compile("sgd", keras.losses.MeanSquaredError(reduction="sum"))
+    squares = ((net.predict(x, verbose=0) - y) ** 2)[:, 0]
+    parts = [squares[:5].sum(), squares[5:10].sum(), squares[10:].sum()]
+    assert net.evaluate(x, y, batch_size=5, verbose=0) == pytest.approx(np.average(parts, weights=[5, 5, 2]), rel=1e-5)
+    assert ll.Model.from_compiled(net).evaluate(x, y, 5, verbose=0) == pytest.approx(squares.sum(), rel=1e-5)
+
+
+def test_a_metric_that_is_one_number_a_batch_counts_by_samples():
+    """The exact difference: Keras means the batches, whatever their sizes."""
+    net = net_of_one()
+    x, y = data()
+    net.compile("sgd", "mse", metrics=[lambda t, p: keras.ops.max(keras.ops.abs(t - p))])
+    error = abs(net.predict(x, verbose=0) - y)
+    parts = [error[:5].max(), error[5:10].max(), error[10:].max()]
+    mine = ll.Model.from_compiled(net).evaluate(x, y, 5, verbose=0)[1]
+    assert net.evaluate(x, y, batch_size=5, verbose=0)[1] == pytest.approx(np.mean(parts), rel=1e-5)
+    assert mine == pytest.approx(np.average(parts, weights=[5, 5, 2]), rel=1e-5)
+
+
+def test_what_a_model_computes_in_a_step_of_its_own_is_not_called():
+    """`from_compiled` refuses it; `Model` computes the loss that `compile` names."""
+    net = OwnLoss([keras.Input((4,)), layers.Dense(1)])
+    x, y = data()
+    out = net.predict(x, verbose=0)
+    net.compile("sgd", "mse")
+    assert net.evaluate(x, y, verbose=0) == pytest.approx(out.mean(), rel=1e-5)
+    assert compiled(net).evaluate(x, y, verbose=0) == pytest.approx(((out - y) ** 2).mean(), rel=1e-5)
+
+
+def test_without_a_name_the_optimizer_is_adam_here_and_rmsprop_in_keras():
+    net = net_of_one()
+    net.compile(loss="mse")
+    model = ll.Model(net_of_one())
+    model.compile(loss="mse")
+    assert isinstance(net.optimizer, keras.optimizers.RMSprop)
+    assert isinstance(model.optimizer, torch.optim.Adam)
 
 
 def test_unmasked_epochs_of_uneven_batches_are_those_of_keras():

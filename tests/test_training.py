@@ -1190,6 +1190,9 @@ def test_weights_go_to_a_file_and_back(tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["w.safetensors"], "no partial file is left"
     with pytest.raises(ll.errors.InputError, match="does not fit this model"):
         ll.Model(nn.Linear(3, 4)).load_weights(tmp_path / "deep" / "w.safetensors")
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ll.errors.InputError, match=r"expected a safetensors file.*model\.net\.load_weights"):
+        other.load_weights(tmp_path / "w.pt")
 
 
 def test_tied_weights_go_to_a_file_and_back(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
 import torch
@@ -283,6 +284,13 @@ class KerasMetric(Stateful):
                 "built by a batch; expected one that is built when it is made. Use a metric of lossledger.metrics."
             )
         value = self.metric.result()
+        if isinstance(value, Mapping):
+            raise InputTypeError(
+                f"{self.name}: expected a scalar or one value a class from Keras, received a dict with the keys "
+                f"{list(value)}. Make a metric for each, with a name of its own."
+            )
+        # A `result` may return the variable that it counts in.
+        value = getattr(value, "value", value)
         tensor = value.detach().double().cpu() if isinstance(value, Tensor) else torch.tensor(value).double()
         if tensor.ndim > 1:
             raise InputTypeError(

@@ -39,5 +39,10 @@ def load(forward: Forward, path: str | Path) -> None:
     try:
         state = safetensors.torch.load_file(str(path))
         forward.load({name: as_part(value, known.get(name)) for name, value in state.items()})
-    except (InputError, safetensors.SafetensorError) as error:
+    except safetensors.SafetensorError as error:
+        raise InputError(
+            f"load_weights: expected a safetensors file, received {path}, which is none ({error}). What Keras or torch "
+            "wrote, they read: model.net.load_weights(path), or model.net.load_state_dict(torch.load(path))."
+        ) from None
+    except InputError as error:
         raise InputError(f"load_weights: {path} does not fit this model. {error}") from None

@@ -37,7 +37,9 @@ class Outputs:
 def outputs_of(net: nn.Module) -> Outputs:
     """The outputs of a functional model (or of a sequential one, which has one)."""
     symbolic = _symbolic(net)
-    layers = tuple(getattr(net, "output_names", None) or ())
+    # A sequential model leaves its names to the functional one inside it.
+    named = getattr(net, "_functional", None) if isinstance(net, keras.Sequential) else net
+    layers = tuple(getattr(named, "output_names", None) or ())
     if symbolic is None:
         return Outputs(_UNKNOWN)
     if isinstance(symbolic, Mapping):
