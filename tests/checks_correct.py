@@ -22,6 +22,16 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def without_missing(y_true, y_pred):
+    known = ~y_true.isnan()
+    return (((y_pred - y_true.nan_to_num()) ** 2) * known).sum() / known.sum()
+
+
+def missing():
+    y_true = normal(64, 2)
+    return torch.where(y_true > 1.0, torch.nan, y_true)
+
+
 def normal(*shape, seed=0, scale=1.0):
     return torch.randn(*shape, generator=seeded(seed)) * scale
 
@@ -201,6 +211,7 @@ CORRECT: dict[str, Setup] = {
         L.BinaryCrossentropy(), torch.rand(8, 100, generator=seeded(1)), torch.rand(8, 100, generator=seeded(2))
     ),
     # --- sequences
+    "own loss that leaves out missing targets": lambda: given(without_missing, missing(), fresh(8, 2)),
     "padded sequences": lambda: given("mse", normal(8, 7, 2), normal(8, 7, 2, seed=3), mask=padded),
     "padded with NaN": lambda: given(
         "mse",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lossledger as ll
-from lossledger.errors import InputError
+from lossledger.errors import InputError, InputTypeError
 
 L = ll.losses
 B, C = 7, 3
@@ -488,3 +488,25 @@ def test_names_that_say_no_order_or_the_right_one_are_taken():
         assert float(L.get(own)(y_true, y_pred)) == 1.5
     wrapped = L.get(lambda y_true, y_pred: module(y_pred, y_true))
     assert float(wrapped(y_true, y_pred)) == float(module(y_pred, y_true)) != float(module(y_true, y_pred))
+
+
+def test_a_crossentropy_says_what_dtype_its_targets_lack():
+    y, loss = labels(B), L.get(nn.CrossEntropyLoss())
+    for wrong, right in ((y.double(), y), (F.one_hot(y, C), F.one_hot(y, C).double())):
+        with pytest.raises(InputTypeError, match=r"y\.long\(\) for labels, y\.float\(\) for one-hot"):
+            loss(wrong, randn(B, C))
+        assert torch.allclose(loss(right, randn(B, C)), F.cross_entropy(randn(B, C), right))
+
+
+@pytest.mark.parametrize("own", [nn.BCEWithLogitsLoss(), lambda y_true, y_pred: (y_true - y_pred).square().mean()])
+def test_classes_of_torchs_layout_have_names_beside_a_loss_without_classes(own):
+    names = ["cat", "dog", "owl"]
+    x, y = randn(4, 2, 6, 6), (rand(4, C, 6, 6) < 0.5).double()
+    model = ll.Model(nn.Conv2d(2, C, 1).double())
+    metric = ll.metrics.IoU(from_logits="sigmoid", axis=1)
+    model.compile("sgd", own, metrics=[metric], class_names=names)
+    book = model.fit(x, y, verbose=0, seed=0).ledger
+    assert [row.group for row in book.metrics if row.group] == names
+    model.compile("sgd", own, class_names=[*names, "emu"])
+    with pytest.raises(InputError, match="expected 3 or 6 names"):
+        model.fit(x, y, verbose=0)

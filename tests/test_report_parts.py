@@ -56,6 +56,15 @@ def test_the_worst_samples_are_those_of_the_ledger(digits: Ledger) -> None:
     assert all(row.label in "012" for row in everything.rows)
 
 
+def test_labels_of_a_single_column_do_not_have_its_name() -> None:
+    x, y = torch.linspace(-1.0, 1.0, 40)[:, None], (torch.arange(40) >= 30).float()
+    model = ll.Model(torch.nn.Linear(1, 1))
+    model.compile("sgd", BinaryCrossentropy(from_logits=True), class_names=["churn"])
+    book = model.fit(x, y, samples=True, verbose=0, seed=0).ledger
+    (table,) = sample_tables(book, book.info["class_names"], most=40)
+    assert {(row.sample >= 30, row.label) for row in table.rows} == {(False, "0"), (True, "1")}
+
+
 def test_cartography_is_mean_and_deviation_over_the_epochs(digits: Ledger) -> None:
     found = cartography(digits)
     assert found is not None and (found.epochs, found.count, len(found.dots)) == (5, 200, 200)

@@ -187,6 +187,12 @@ class TorchLoss(Loss):
                 f"{expected} (labels) for y_pred {shape_of(y_pred)}, received {shape_of(y_true)}. For a class axis at "
                 "the end use lossledger.losses.SparseCategoricalCrossentropy."
             )
+        if isinstance(self.module, nn.CrossEntropyLoss) and y_true.is_floating_point() != (y_true.ndim == y_pred.ndim):
+            raise InputTypeError(
+                f"{where}: torch takes labels {expected} in whole numbers and probabilities {shape_of(y_pred)} in "
+                f"floating point; received {y_true.dtype} {shape_of(y_true)}. Convert them: y.long() for labels, "
+                "y.float() for one-hot targets."
+            )
         return y_true, y_pred
 
     def _shape(self, y_true: Tensor, y_pred: Tensor, where: str) -> tuple[int, ...] | None:

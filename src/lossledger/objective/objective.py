@@ -427,7 +427,8 @@ class Objective:
         """
         if self.class_names is None:
             return
-        lengths = {preds[t.output].shape[t.loss.class_axis] for t in self.terms if preds[t.output].ndim > 1}
+        shapes = [(t.loss, preds[t.output].shape) for t in self.terms if preds[t.output].ndim > 1]
+        lengths = {shape[axis] for loss, shape in shapes for axis in planning.class_axes(loss)}
         if lengths and len(self.class_names) not in lengths:
             raise InputError(
                 f"class_names: expected {' or '.join(map(str, sorted(lengths)))} names, as many as the output has "

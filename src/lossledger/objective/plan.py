@@ -158,6 +158,11 @@ def class_weights(class_weight: Any, outputs: tuple[str, ...], structure: str) -
     )
 
 
+def class_axes(loss: Loss) -> tuple[int, ...]:
+    """Where an output may have its classes: a loss that divides by none, torch's or a function, says it of none."""
+    return (loss.class_axis,) if loss.classes_are is not None or loss.class_axis != -1 else (-1, 1)
+
+
 def terms(
     by_output: dict[str, Loss | Expression | None],
     weights: dict[str, float],

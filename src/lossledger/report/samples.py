@@ -74,6 +74,8 @@ def sample_tables(ledger: Ledger, class_names: object, most: int = MOST_SAMPLES)
     """
     samples = ledger.samples
     names = [str(name) for name in class_names] if isinstance(class_names, list | tuple) else []
+    # A single name is that of a column, which is present or not: its labels are 0 and 1.
+    names = names if len(names) > 1 else []
     for split in samples.names("split") if len(samples) else ():
         own = samples.where(split=split)
         epoch = own.names("epoch")[-1]

@@ -53,7 +53,7 @@ def _hidden(term: TermCase) -> int:
 def not_finite_values(case: Case) -> Iterator[Finding]:
     """NAN1: what counts is not finite; NAN2 says so where something was meant to take it out."""
     for term in case.terms:
-        if term.batch is None or _meant_to_hide(term):
+        if term.batch is None or _meant_to_hide(term) or _passes_over(term):
             continue
         yield from _nonfinite(
             term, "NAN1", "", "Repair or mask the samples; a lower learning rate if the output blew up."
@@ -82,6 +82,12 @@ def _meant_to_hide(term: TermCase) -> bool:
         return False
     zeros = term.sample_weight is not None and bool((term.sample_weight == 0).any())
     return term.mask is not None or zeros
+
+
+def _passes_over(term: TermCase) -> bool:
+    """A loss of the user's that leaves out missing targets by itself: its values are finite without them."""
+    left_out = term.custom and term.tally is not None and not int(term.tally.nonfinite)
+    return left_out and _bad_parts(term).keys() == {"y_true"}
 
 
 def _nonfinite(term: TermCase, code: str, how: str, remedy: str) -> Iterator[Finding]:
