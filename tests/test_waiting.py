@@ -120,8 +120,8 @@ def test_elements_that_wait_hold_no_outputs():
         assert kept.output.shape == logits.shape and kept.output.untyped_storage().nbytes() <= 64
         assert pulled.gradient.shape == logits.shape
         some.add(kept)
-    (store,) = {one.untyped_storage().data_ptr() for batch in some._batches for one in batch.elements}
-    assert store
+    first, *others = [one.untyped_storage().data_ptr() for batch in some._batches for one in batch.elements]
+    assert first not in others and len(others) == 2 and len(set(others)) == 1
     tally = some.tallies()["sparse_categorical_crossentropy"]
     assert int(tally.count) == 96 and len(tally.groups) == 10_000
 
@@ -136,6 +136,17 @@ def test_batches_with_and_without_weights_take_turns():
         expected = objective.tallies(y, logits, weight)["sparse_categorical_crossentropy"]
         torch.testing.assert_close(made.numerator, expected.numerator)
         torch.testing.assert_close(torch.as_tensor(made.weight), torch.as_tensor(expected.weight))
+
+
+def test_batches_of_changing_sizes_hold_what_they_are():
+    """Room for many of each size would be 64 times that."""
+    some = waits.Waiting.of(ll.Objective("mse"), "class", True)
+    held = 0
+    for size in (20, 21, 22, 21):
+        output, y = torch.randn(size, 8), torch.randn(size, 8)
+        kept, _ = some.pull(ll.Batch(output, y), output)
+        held += kept.output.untyped_storage().nbytes() + kept.y_true.untyped_storage().nbytes()
+    assert held == 2 * 4 * 8 * (20 + 21 + 22 + 21)
 
 
 def test_batches_of_many_entries_do_not_wait():

@@ -83,7 +83,7 @@ class Waiting:
         self._batches: list[Kept] = []
         # Of the last output whose elements wait.
         self._outline: Tensor | None = None
-        self._places: dict[str | int, list[Tensor]] = {}
+        self._places: dict[str | int, tuple[tuple[Any, ...], list[Tensor]]] = {}
 
     @classmethod
     def of(cls, objective: Objective, by: str | None, copies: bool) -> Waiting | None:
@@ -140,9 +140,14 @@ class Waiting:
 
         By itself it would lie between the blocks of its step, and keep the next step from using their room.
         """
-        places = self._places.get(name)
-        if not places or places[-1].shape != values.shape or places[-1].dtype != values.dtype:
-            places = self._places[name] = list(values.new_empty((TOGETHER, *values.shape)).unbind())
+        form = (values.shape, values.dtype)
+        known, places = self._places.get(name, ((), []))
+        if form != known:
+            # Only what comes twice is worth room for many: sizes may change with every batch.
+            self._places[name] = form, []
+            return values.clone()
+        if not places:
+            places += values.new_empty((TOGETHER, *values.shape)).unbind()
         return places.pop().copy_(values)
 
     def __len__(self) -> int:
