@@ -397,6 +397,12 @@ NAMES = [
         InputError,
         *("class_names", "empty", "['cat', '']"),
     ),
+    row(
+        "class-names-by-output",
+        lambda: model(nn.Linear(3, 2), "mse", class_names={"left": ["cat"], "right": ["dog"]}),
+        InputTypeError,
+        *("class_names", "a list of names", "'left'"),
+    ),
     row("class-names-text", lambda: model(class_names="cat"), InputTypeError, "class_names", "'cat'"),
     row("precision-list", lambda: model(precision=[]), UnknownNameError, "precision", "[]"),
     row("policy-list", lambda: model(on_nonfinite=[]), UnknownNameError, "on_nonfinite", "[]"),

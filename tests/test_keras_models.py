@@ -1251,6 +1251,34 @@ def test_without_a_name_the_optimizer_is_adam_here_and_rmsprop_in_keras():
     assert isinstance(model.optimizer, torch.optim.Adam)
 
 
+def test_a_dataset_of_keras_is_read_in_its_order_and_its_hooks_are_not_called():
+    x, y = data()
+
+    class Batches(keras.utils.PyDataset):
+        def __init__(self):
+            super().__init__()
+            self.read, self.ends = [], 0
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return x[3 * index : 3 * index + 3], y[3 * index : 3 * index + 3]
+
+        def on_epoch_end(self):
+            self.ends += 1
+
+    mine, theirs = Batches(), Batches()
+    compiled(net_of_one()).fit(mine, epochs=3, verbose=0, shuffle=True)
+    assert (mine.read[-12:], mine.ends) == ([0, 1, 2, 3] * 3, 0)
+    net = net_of_one()
+    net.compile("sgd", "mse")
+    net.fit(theirs, epochs=3, verbose=0, shuffle=True)
+    assert theirs.read[-12:] != [0, 1, 2, 3] * 3  # by chance in one of 13,824 seeds
+    assert theirs.ends >= 3
+
+
 def test_unmasked_epochs_of_uneven_batches_are_those_of_keras():
     net = net_of_one()
     x, y = data()

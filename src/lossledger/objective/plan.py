@@ -125,13 +125,19 @@ def class_names(names: Any) -> tuple[str, ...] | None:
     """Names of the classes, each its own.
 
     Raises:
-        InputTypeError: one text instead of a list of names.
+        InputTypeError: one text or a dict instead of a list of names.
         InputError: an empty name, or one that is used twice: two classes would become one row of the ledger.
     """
     if names is None:
         return None
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise InputTypeError(f"class_names: expected a list of names, received {names!r}.")
+    if isinstance(names, Mapping):
+        # The order of a dict need not be that of its classes, and its keys may be outputs.
+        raise InputTypeError(
+            f"class_names: expected a list of names, in the order of the classes, received a dict {names!r}. The names "
+            "go to each output with that many classes; of a dict from names to indices pass sorted(d, key=d.get)."
+        )
     found = tuple(str(name) for name in names)
     if "" in map(str.strip, found):
         raise InputError(f"class_names: expected a name for each class, received an empty one: {list(found)}.")
