@@ -10,7 +10,7 @@ from lossledger.losses.aligned import Aligned
 from lossledger.losses.backward import entry_weight, multiply, scale_of
 from lossledger.losses.loss import Loss
 from lossledger.losses.prediction import Prediction
-from lossledger.weighting import Weighting
+from lossledger.weighting import ClassWeight, Weighting
 
 
 def has_closed_form(loss: Loss) -> bool:
@@ -29,20 +29,44 @@ class Plain:
         weighting: every element counts 1.
         where: the term.
         scale: λ over the divisor.
+        vector: the weight of each class, `[K]`, where labels have one.
     """
 
     loss: Loss
     weighting: Weighting
     where: str
     scale: float
+    vector: Tensor | None = None
 
-    def gradient(self, y_true: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor] | None:
-        """As `closed_gradient`."""
+    def gradient(
+        self, y_true: Tensor, prediction: Prediction, sample_weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """As `closed_gradient`; the weights of samples are those of the leading axes of the targets."""
         found = self.loss._slopes(Aligned(y_true, prediction, self.weighting, self.where))
-        return None if found is None else (found[0], found[1].mul_(self.scale))
+        if found is None:
+            return None
+        elements, slopes = found
+        # In the order of the aligned form: the same bits.
+        scale: Tensor | float = self.scale
+        own = None if self.vector is None else self.vector[y_true.long()].unsqueeze(-1)
+        if sample_weight is not None:
+            given = sample_weight.to(slopes.dtype)
+            given = given.reshape(*given.shape, *(1,) * (slopes.ndim - given.ndim))
+            scale = (given if own is None else given * own) * scale
+        elif own is not None:
+            scale = own * scale
+        return elements, slopes.mul_(scale)
 
 
-def plain(loss: Loss, batch: Aligned, y_true: Tensor, output: Tensor, factor: float) -> Plain | None:
+def plain(
+    loss: Loss,
+    batch: Aligned,
+    y_true: Tensor,
+    output: Tensor,
+    factor: float,
+    class_weight: ClassWeight | None = None,
+    sample_weight: Tensor | None = None,
+) -> Plain | None:
     """The plain case, if a batch was one: alignment left it as it was, and shapes alone divide.
 
     Args:
@@ -51,15 +75,26 @@ def plain(loss: Loss, batch: Aligned, y_true: Tensor, output: Tensor, factor: fl
         y_true: targets, as they were given.
         output: of the model, as it was given.
         factor: λ.
+        class_weight: those of the term, a vector for labels.
+        sample_weight: as it was given.
     """
     weights = batch.weighting
     same = batch.y_true is y_true and batch.prediction.raw is output and batch.late is None
-    if not same or weights.mask is not None or weights.weight is not None or loss.reduction.rescale is not None:
+    if not same or weights.mask is not None or loss.reduction.rescale is not None:
         return None
     if batch.column_weight is not None or loss.reduction.reads_targets:
         return None
     scale = scale_of(loss.divisor_aligned(batch), factor, output.dtype)
-    return None if isinstance(scale, Tensor) else Plain(loss, weights, batch.where, scale)
+    if isinstance(scale, Tensor):
+        return None
+    if weights.weight is None:
+        return Plain(loss, weights, batch.where, scale)
+    labels = loss.one_element and y_true.shape == output.shape[:-1] and not y_true.is_floating_point()
+    leading = sample_weight is None or sample_weight.shape == y_true.shape[: sample_weight.ndim]
+    if not (labels and leading and isinstance(class_weight, Tensor | None)):
+        return None
+    vector = None if class_weight is None else class_weight.to(output)
+    return Plain(loss, Weighting(weights.shape), batch.where, scale, vector)
 
 
 def closed_gradient(loss: Loss, batch: Aligned, factor: float) -> tuple[Tensor, Tensor] | None:

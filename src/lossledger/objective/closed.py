@@ -54,21 +54,22 @@ class Closed:
             plainly: only where elements are all that a tally is made from, and shapes alone divide.
         """
         found = []
-        if sample_weight is None and mask is None:
-            shape = (y_true.shape, y_true.dtype, output.shape, output.dtype)
+        if mask is None:
+            of_weights = None if sample_weight is None else (sample_weight.shape, sample_weight.dtype)
+            shape = (y_true.shape, y_true.dtype, output.shape, output.dtype, of_weights)
             if shape == self._shape and self._plain is not None:
                 prediction = Prediction(output)
                 prediction.shared = len(self._plain) > 1
                 for known in self._plain:
-                    found.append(known.gradient(y_true, prediction))
+                    found.append(known.gradient(y_true, prediction, sample_weight))
                 return self._joined(found, output, True)
             if plainly and shape == self._shape:
                 return None
             self._shape = shape
         terms, shared = self._objective.terms, False
         batches, _, _ = self._objective.align(y_true, output, sample_weight, mask, checked=True)
-        if sample_weight is None and mask is None:
-            self._plain = self._common(batches, y_true, output)
+        if mask is None:
+            self._plain = self._common(batches, y_true, output, sample_weight)
             shared = self._plain is not None
         if plainly and not shared:
             return None
@@ -76,10 +77,13 @@ class Closed:
             found.append(closed_gradient(term.loss, batch, term.coefficient))
         return self._joined(found, output, shared)
 
-    def _common(self, batches: list[Aligned], y_true: Tensor, output: Tensor) -> list[Plain] | None:
+    def _common(
+        self, batches: list[Aligned], y_true: Tensor, output: Tensor, sample_weight: Tensor | None
+    ) -> list[Plain] | None:
         found = []
         for term, batch in zip(self._objective.terms, batches, strict=True):
-            one = plain(term.loss, batch, y_true, output, term.coefficient)
+            classes = self._objective._class_weight(term, output)
+            one = plain(term.loss, batch, y_true, output, term.coefficient, classes, sample_weight)
             if one is None:
                 return None
             found.append(one)

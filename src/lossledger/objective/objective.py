@@ -309,17 +309,18 @@ class Objective:
         return found
 
     def tallies_of(
-        self, y_true: Tensor, outline: Tensor, elements: Sequence[Tensor], by: str | None
+        self, y_true: Tensor, outline: Tensor, sample_weight: Any, elements: Sequence[Tensor], by: str | None
     ) -> dict[str, Tally]:
-        """As `tallies`, of a batch without weights and masks whose elements are known.
+        """As `tallies`, of a batch without masks whose elements are known.
 
         Args:
             y_true: targets, checked.
             outline: an output of that shape, with anything in it.
+            sample_weight: as in a call.
             elements: of each term.
             by: groups of the tallies.
         """
-        batches, _, _ = self.align(y_true, outline, None, None, True)
+        batches, _, _ = self.align(y_true, outline, sample_weight, None, True)
         return {
             plan.name: plan.loss._tally_elements(batch, one, by if plan.loss.classes_are is not None else None)
             for plan, batch, one in zip(self.terms, batches, elements, strict=True)

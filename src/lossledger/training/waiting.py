@@ -56,7 +56,7 @@ class Kept:
         with torch.no_grad():
             if self.elements is None:
                 return objective.tallies(self.y_true, self.output, self.sample_weight, self.mask, by, checked=True)
-            return objective.tallies_of(self.y_true, self.output, self.elements, by)
+            return objective.tallies_of(self.y_true, self.output, self.sample_weight, self.elements, by)
 
 
 def tallies_of(
@@ -118,7 +118,7 @@ class Waiting:
         if self._outline is None or self._outline.shape != output.shape:
             self._outline = _outline(detached, output.shape)
         elements = [self._own(position, one) for position, one in enumerate(found.elements)]
-        return Kept(given[0], self._outline, None, None, elements), found
+        return Kept(given[0], self._outline, given[1], None, elements), found
 
     def _given(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
         """Targets, weights and mask; `None` where they are no arrays with a row for each sample."""
@@ -171,11 +171,11 @@ class Waiting:
         if len(several) == 1:
             return several[0]
         y, whole = torch.cat([b.y_true for b in several]), several[0]
+        weights = [b.sample_weight for b in several if b.sample_weight is not None]
         if whole.elements is not None:
             parts = zip(*(b.elements for b in several if b.elements is not None), strict=True)
             output = _outline(whole.output, (len(y), *whole.output.shape[1:]))
-            return Kept(y, output, None, None, [torch.cat(part) for part in parts])
-        weights = [b.sample_weight for b in several if b.sample_weight is not None]
+            return Kept(y, output, torch.cat(weights) if weights else None, None, [torch.cat(part) for part in parts])
         masks = [b.mask for b in several if b.mask is not None]
         return Kept(
             y,
@@ -215,9 +215,9 @@ class Waiting:
 
 def _light(batch: Batch, output: Tensor) -> bool:
     """Whether what waits in place of a large output is little: targets of its size wait no better than it does."""
-    y = batch.y
-    alone = batch.sample_weight is None and batch.mask is None
-    return alone and type(y) is Tensor and y.numel() <= min(ENTRIES, output.numel() // 2)
+    y, weight, most = batch.y, batch.sample_weight, min(ENTRIES, output.numel() // 2)
+    few = weight is None or (type(weight) is Tensor and weight.numel() <= most)
+    return few and batch.mask is None and type(y) is Tensor and y.numel() <= most
 
 
 def _outline(like: Tensor, shape: Sequence[int]) -> Tensor:
