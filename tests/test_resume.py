@@ -789,3 +789,33 @@ def test_runs_killed_at_each_call_that_makes_something_durable(tmp_path):
 def test_runs_killed_at_some_calls_that_make_something_durable(tmp_path):
     found = killing(tmp_path, "calls", 11)
     assert found["calls"] >= 80 and found["kills"] >= 8 and found["wrong"] == []
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [(False, True), (True, False)], ids=["with", "without"])
+def test_a_run_goes_on_with_or_without_torch_compile(tmp_path, compiled):
+    """Weights, best weights and buffers that `state_dict` leaves out have their plain names in a checkpoint."""
+
+    def run(name, wrap, stop=None, resume=False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+        net.register_buffer("beside", torch.zeros(1), persistent=False)
+        model = ll.Model(torch.compile(net, backend="eager") if wrap else net)
+        model.compile("adam", "mse")
+        best = ll.callbacks.EarlyStopping("loss", patience=9, restore_best_weights=True)
+        x = torch.linspace(-1, 1, 24).reshape(8, 3)
+        options = {"run_dir": tmp_path / name, "resume": resume, "callbacks": [best, *([] if stop is None else [stop])]}
+        history = model.fit(x, x.sum(1, keepdim=True), batch_size=4, epochs=3, seed=0, verbose=0, **options)
+        return history.history, [value.detach().clone() for value in net.state_dict().values()]
+
+    class Stop(ll.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs):
+            if epoch == 1:
+                raise Killed
+
+    history, weights = run("whole", False)
+    with pytest.raises(Killed):
+        run("parts", compiled[0], Stop())
+    again, found = run("parts", compiled[1], resume=True)
+    assert again == history
+    assert all(torch.equal(one, other) for one, other in zip(found, weights, strict=True))

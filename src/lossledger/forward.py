@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,16 +125,17 @@ class Forward:
         Raises:
             InputError: the state of another model.
         """
-        names = {_uncompiled(name): name for name in self.net.state_dict()}
         try:
-            self.net.load_state_dict({names.get(_uncompiled(name), name): value for name, value in state.items()})
+            self.net.load_state_dict(renamed(state, self.net.state_dict()))
         except RuntimeError as error:
             raise InputError(str(error)) from None
 
     def everything(self) -> dict[str, Tensor]:
         """The state, and what a forward changes beside it: also the buffers that `state_dict` leaves out."""
+        # Of the same names as in a state that is saved: a run may go on with or without torch.compile.
         kept = self.net.state_dict()
-        return {**kept, **{name: buffer for name, buffer in self.net.named_buffers() if name not in kept}}
+        found = {**kept, **{name: buffer for name, buffer in self.net.named_buffers() if name not in kept}}
+        return {_uncompiled(name): value for name, value in found.items()}
 
     def put_back(self, everything: Mapping[str, Tensor]) -> None:
         """Put back what `everything` told.
@@ -144,6 +145,7 @@ class Forward:
         """
         kept = self.net.state_dict().keys()
         buffers = {name: buffer for name, buffer in self.net.named_buffers() if name not in kept}
+        everything = renamed(everything, [*kept, *buffers])
         self.net.load_state_dict({name: value for name, value in everything.items() if name not in buffers})
         for name, buffer in buffers.items():
             owner, _, leaf = name.rpartition(".")
@@ -162,6 +164,16 @@ class Forward:
 
     def attach(self, optimizer: Optimizer) -> None:
         """Have done after each step of the optimizer what the model asks for, such as constraints."""
+
+
+def renamed(state: Mapping[str, Tensor], known: Iterable[str]) -> dict[str, Tensor]:
+    """A state by the names of a network that is compiled where another was not, or the other way round.
+
+    >>> renamed({"weight": torch.zeros(1)}, ["_orig_mod.weight"])
+    {'_orig_mod.weight': tensor([0.])}
+    """
+    names = {_uncompiled(name): name for name in known}
+    return {names.get(_uncompiled(name), name): value for name, value in state.items()}
 
 
 def _uncompiled(name: str) -> str:

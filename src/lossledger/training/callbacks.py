@@ -14,6 +14,7 @@ import torch
 
 from lossledger.distributed import as_part
 from lossledger.errors import CheckpointError, InputError, InputTypeError, UnknownNameError
+from lossledger.forward import renamed
 from lossledger.ledger.rows import ROW_COLUMNS
 from lossledger.training.callback import Callback, Logs, awaited, monitored
 from lossledger.training.gap import Gap
@@ -170,8 +171,9 @@ class EarlyStopping(Callback):
         """Put the best weights back, if asked to."""
         if self._best_weights is not None:
             known = self.model.net.state_dict()
-            # Those of a checkpoint are whole.
-            best = {name: as_part(value, known.get(name)) for name, value in self._best_weights.items()}
+            # Those of a checkpoint are whole, and may be of a network without torch.compile, or with it.
+            best = renamed(self._best_weights, known)
+            best = {name: as_part(value, known.get(name)) for name, value in best.items()}
             self.model.net.load_state_dict(best)
 
 
