@@ -510,3 +510,39 @@ def test_classes_of_torchs_layout_have_names_beside_a_loss_without_classes(own):
     model.compile("sgd", own, class_names=[*names, "emu"])
     with pytest.raises(InputError, match="expected 3 or 6 names"):
         model.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize("unknown", [{7: 5.0}, [1.0, 5.0], [1.0, 5.0, 1.0, 1.0]])
+@pytest.mark.parametrize("shape", [(B, C), (B, C, 4)])
+def test_class_weights_of_a_class_that_torchs_output_does_not_have_are_refused(shape, unknown):
+    loss, output, target = L.get(nn.CrossEntropyLoss()), randn(*shape), labels(shape[0], *shape[2:])
+    for targets in (target, F.one_hot(target, C).movedim(-1, 1).double()):
+        with pytest.raises(InputError, match="class_weight"):
+            loss.tally(targets, output, class_weight=unknown)
+        weights = torch.tensor([1.0, 5.0, 1.0]).double()
+        expected = (F.cross_entropy(output, target, reduction="none") * weights[target]).mean()
+        for given in ({1: 5.0}, [1.0, 5.0, 1.0], weights):
+            close(loss.tally(targets, output, class_weight=given).value, expected)
+
+
+def test_what_is_advised_beside_a_loss_of_torch_is_an_argument_or_a_loss_of_torch():
+    with pytest.raises(InputError, match=r"name the label to leave out with ignore_index\.$"):
+        L.get(nn.CrossEntropyLoss())(torch.tensor([0, 255]), randn(2, C))
+    for loss, target, remedy in (
+        (nn.CrossEntropyLoss(), labels(32), r"NLLLoss"),
+        (nn.BCEWithLogitsLoss(), (rand(32, C) < 0.5).double(), r"BCELoss"),
+    ):
+        probabilities = randn(32, C, seed=5).requires_grad_()
+        probabilities = probabilities.softmax(-1) if remedy == "NLLLoss" else probabilities.sigmoid()
+        (found,) = (f for f in ll.check(loss, target, probabilities) if f.code == "SPACE1")
+        assert remedy in found.remedy and "from_logits" not in found.remedy
+
+
+def test_a_change_of_what_is_trainable_is_warned_of_where_fit_was_called():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    model = ll.Model(net)
+    model.compile("sgd", "mse")
+    net[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match="What is trainable has changed") as caught:
+        model.fit(torch.zeros(4, 3), torch.zeros(4, 1), verbose=0)
+    assert [warning.filename for warning in caught] == [__file__]

@@ -192,8 +192,12 @@ def shape_of(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def check_labels(labels: Tensor, classes: int, where: str, ignore: int | None = None) -> None:
+def check_labels(
+    labels: Tensor, classes: int, where: str, ignore: int | None = None, option: str = "ignore_class"
+) -> None:
     """Integer labels are in `[0, classes)`; read on the host, so call it at the data boundary.
+
+    `option` is what the loss calls the argument for the label `ignore`.
 
     Raises:
         InputTypeError: labels that are not integers.
@@ -210,7 +214,7 @@ def check_labels(labels: Tensor, classes: int, where: str, ignore: int | None = 
         raise InputError(
             f"{where}: labels must be integers from 0 to {classes - 1}; received {labels[position].item():g} at "
             f"position {position} ({int(bad.sum())} such in all). Map the labels to 0…{classes - 1}, widen the output, "
-            "or name the label to leave out with ignore_class."
+            f"or name the label to leave out with {option}."
         )
 
 

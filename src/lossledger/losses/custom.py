@@ -26,7 +26,7 @@ from lossledger.losses.loss import Loss
 from lossledger.reduction import Reduction
 from lossledger.tally import Tally
 from lossledger.values import check_labels, check_probabilities, selected, shape_of
-from lossledger.weighting import ClassWeight, Weighting, align
+from lossledger.weighting import ClassWeight, Weighting, align, class_vector
 
 
 class FunctionLoss(Loss):
@@ -207,9 +207,12 @@ class TorchLoss(Loss):
         return super()._weighting(shape, y_true, y_pred, given, where)
 
     def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
-        if isinstance(self.module, _INDEXED) and y_true.ndim == y_pred.ndim > 2:
-            y_true, y_pred = y_true.movedim(1, -1), y_pred.movedim(1, -1)
-        return super()._class_weight(y_true, y_pred, class_weight, where)
+        if not isinstance(self.module, _INDEXED) or y_pred.ndim < 2:
+            return super()._class_weight(y_true, y_pred, class_weight, where)
+        # One a class of the output, so that a class which it does not have is refused.
+        vector = class_vector(class_weight, y_pred.shape[1], where=where).to(y_pred.device, non_blocking=True)
+        labels = y_true.argmax(1) if y_true.ndim == y_pred.ndim else y_true.long()
+        return vector[labels.clamp(0, len(vector) - 1)].unsqueeze(-1)
 
     def _safe(self, y_true: Tensor, y_pred: Tensor, weights: Weighting) -> tuple[Tensor, Tensor]:
         assert weights.mask is not None
@@ -228,7 +231,7 @@ class TorchLoss(Loss):
         if isinstance(self.module, nn.BCELoss):
             check_probabilities(y_pred, where, "use torch.nn.BCEWithLogitsLoss")
         if self._indexed(y_true):
-            check_labels(y_true, y_pred.shape[1], where)
+            check_labels(y_true, y_pred.shape[1], where, option="ignore_index")
 
     def _tally_elements(self, batch: Aligned, elements: Tensor, by: Any) -> Tally:
         tally = super()._tally_elements(batch, elements, by)

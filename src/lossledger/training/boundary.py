@@ -185,7 +185,7 @@ def warn_if_trainable_changed(plan: StepPlan, now: Mapping[str, Tensor]) -> None
             f"What is trainable has changed since compile: {frozen} parameters were frozen, {len(changed)} thawed"
             f"{f' (such as {changed[0]!r})' if changed else ''}. Those thawed are not trained; call compile again.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

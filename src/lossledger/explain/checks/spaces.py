@@ -47,12 +47,15 @@ def probabilities_as_logits(case: Case) -> Iterator[Finding]:
             continue
         floor = _floor_of_perfect(term)
         limit = "" if floor is None else f" A perfect model would still have {floor:.4g} (now {term.value:.4g})."
+        other = "use from_logits=False"
+        if term.module is not None:
+            other = "give torch.nn.NLLLoss the logarithm" if twice == "softmax" else "use torch.nn.BCELoss"
         yield Finding(
             "SPACE1",
             "error",
             f"{term.name}: the loss expects logits, but all {rows.numel():,} predictions lie in [{low:.3g}, "
             f"{high:.3g}] {seen}: they are probabilities, and go through a {twice} again.{limit}",
-            f"Remove the {term.activation or twice} at the end of the model, or use from_logits=False.",
+            f"Remove the {term.activation or twice} at the end of the model, or {other}.",
             {"term": term.name, "low": low, "high": high, "floor": floor, "value": term.value},
         )
 
