@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -1134,6 +1135,60 @@ def test_only_compiled_models_of_keras_can_be_taken_over():
         ll.Model.from_compiled(net_of_one())
     with pytest.raises(errors.InputError, match="Linear"):
         ll.Model.from_compiled(nn.Linear(1, 1))
+
+
+# --- callbacks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("baseline", [None, 0.4, 0.0, 9.0])
+@pytest.mark.parametrize("patience", [0, 1, 3])
+def test_training_stops_where_keras_stops(baseline, patience):
+    drawn = np.random.default_rng(0)
+    for _ in range(40):
+        values = drawn.choice(np.linspace(0.1, 1, 10), 12)
+        options = {"patience": patience, "baseline": baseline, "mode": "min", "min_delta": 0.05, "start_from_epoch": 1}
+        ends = []
+        for callbacks in (keras.callbacks, ll.callbacks):
+            stop, model = callbacks.EarlyStopping("val_loss", **options), types.SimpleNamespace(stop_training=False)
+            stop.set_model(model)
+            stop.on_train_begin({})
+            epoch = 0
+            while epoch < 12 and not model.stop_training:
+                stop.on_epoch_end(epoch, {"loss": 0.0, "val_loss": values[epoch]})
+                epoch += 1
+            ends.append((epoch, stop.best_epoch or 0, model.stop_training))
+        assert ends[0] == ends[1], values
+
+
+def test_the_best_epoch_is_kept_also_where_none_reaches_the_baseline():
+    x, y = data()
+    model = compiled(net_of_one(), "mse")
+    stop = ll.callbacks.EarlyStopping("loss", baseline=-1.0, patience=2, restore_best_weights=True)
+    losses = fit(model, x, y, epochs=4, batch_size=12, callbacks=stop).history["loss"]
+    assert (len(losses), stop.best_epoch) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        *("binary_crossentropy", "BinaryCrossentropy", "mape", "MAE", "msle", "hinge", "kl_divergence", "poisson"),
+        *("accuracy", "auc", "cosine_similarity", "precision"),
+    ],
+)
+def test_a_metric_is_watched_in_the_direction_that_keras_has(metric):
+    x, y = data()
+    net = keras.Sequential([keras.Input((4,)), layers.Dense(1, activation="sigmoid")])
+    net.compile("sgd", "binary_crossentropy", metrics=[metric])
+    stop = keras.callbacks.EarlyStopping(f"val_{metric}")
+    net.fit(x, (y > 0).astype("float32"), validation_split=0.5, verbose=0, callbacks=[stop])
+    falls = stop.monitor_op is keras.ops.less
+    watched = ll.callbacks.EarlyStopping(f"val_{metric}", restore_best_weights=True)
+    model = compiled(net_of_one())
+    watched.set_model(model)
+    watched.on_train_begin({})
+    watched.on_epoch_end(0, {f"val_{metric}": 0.5})
+    watched.on_epoch_end(1, {f"val_{metric}": 0.4})
+    assert (watched.best_epoch == 1) is falls
 
 
 # --- where the numbers differ --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,26 @@ __all__ = [
     "ModelCheckpoint",
     "TensorBoard",
 ]
+
+
+# How names end of numbers that get better when they fall: losses, errors, and metrics that are losses.
+_FALLING = (
+    *(
+        "loss",
+        "error",
+        "mae",
+        "mse",
+        "rmse",
+        "mape",
+        "msle",
+        "crossentropy",
+        "cross_entropy",
+        "bce",
+        "divergence",
+        "kld",
+    ),
+    *("hinge", "poisson", "logcosh", "log_cosh"),
+)
 
 
 class LambdaCallback(Callback):
@@ -75,8 +96,7 @@ class _Monitor:
         if mode not in ("auto", "min", "max"):
             raise UnknownNameError(f"mode of {who}", mode, ("auto", "min", "max"))
         self.name, self.who = monitor, who
-        # A loss or an error gets better when it falls; anything else when it rises.
-        falls = monitor.endswith(("loss", "error", "mae", "mse", "rmse"))
+        falls = re.sub(r"_\d+$", "", monitor.lower()).endswith(_FALLING)
         self.sign = 1.0 if mode == "min" or (mode == "auto" and falls) else -1.0
         self.min_delta = abs(min_delta)
         self.best = math.inf
@@ -86,10 +106,14 @@ class _Monitor:
         return monitored(self.name, logs, params, self.who)
 
     def improved(self, value: float) -> bool:
-        if self.sign * value < self.best - self.min_delta:
+        if self.beats(value, self.best):
             self.best = self.sign * value
             return True
         return False
+
+    def beats(self, value: float, other: float) -> bool:
+        """Whether a number is better than another, which is given with its sign."""
+        return self.sign * value < other - self.min_delta
 
 
 class EarlyStopping(Callback):
@@ -99,8 +123,9 @@ class EarlyStopping(Callback):
         monitor: name of the number; epochs without the validation that makes it are passed over.
         min_delta: smallest change that counts.
         patience: epochs (that have the number) without an improvement before training stops.
-        mode: `"min"`, `"max"`, or `"auto"` (losses and errors fall, everything else rises).
-        baseline: a value to beat from the start.
+        mode: `"min"`, `"max"`, or `"auto"` (losses, errors and the metrics of losses fall, everything else rises).
+        baseline: a value to beat: an epoch that is the best so far, but no better than this, goes on and counts as one
+            without an improvement.
         restore_best_weights: end with the weights of the best epoch.
         start_from_epoch: epochs to wait before watching.
 
@@ -130,8 +155,6 @@ class EarlyStopping(Callback):
     def on_train_begin(self, logs: Logs) -> None:
         """Start over."""
         self._monitor = _Monitor(*self._arguments)
-        if self.baseline is not None:
-            self._monitor.best = self._monitor.sign * self.baseline
         self.stopped_epoch = self.best_epoch = None
         self._wait = 0
         self._best_weights: dict[str, torch.Tensor] | None = None
@@ -141,12 +164,14 @@ class EarlyStopping(Callback):
         value = self._monitor.read(logs, self.params)
         if value is None or epoch < self.start_from_epoch:
             return
+        self._wait += 1
         if self._monitor.improved(value):
-            self._wait, self.best_epoch = 0, epoch
+            self.best_epoch = epoch
             if self.restore_best_weights:
                 self._best_weights = {k: v.detach().clone() for k, v in self.model.net.state_dict().items()}
+            if self.baseline is None or self._monitor.beats(value, self._monitor.sign * self.baseline):
+                self._wait = 0
             return
-        self._wait += 1
         if self._wait >= self.patience:
             self.stopped_epoch = epoch
             self.model.stop_training = True
