@@ -626,6 +626,7 @@ def test_display_examples() -> None:
     shares = [display(v, "percent") for v in (0, 0.5, 0.123, 0.0012, 0.00012, 1e-9, 0.9997, 0.99996, 0.9999999, 1, 1.2)]
     assert shares[:6] == ["0 %", "50.0 %", "12.3 %", "0.12 %", "0.012 %", "< 0.001 %"]
     assert shares[6:] == ["99.97 %", "99.996 %", "> 99.999 %", "100 %", "120.0 %"]
+    assert [display(v, "percent") for v in (1 + 2e-7, -1 - 2e-7, 1.000002)] == ["100 %", "-100 %", "> 100 %"]
     assert display(1_228_800, "count") == "1,228,800"
     assert [display(v, "times") for v in (150.2, 1.62, 9.96)] == ["150×", "1.6×", "10×"]
 

@@ -13,6 +13,8 @@ from lossledger.ledger.table import DASH, significant
 Style = Literal["number", "count", "percent", "times", "change"]
 
 _NEARLY = 1e-12
+# A part that is the whole is above it where both were added up in float32.
+_ROUNDING = 1e-6
 
 
 def display(value: float | None, style: Style = "number", digits: int = 3) -> str:
@@ -50,7 +52,7 @@ def _percent(share: float) -> str:
     value = 100 * share
     sign = "-" if value < 0 else ""
     magnitude = abs(value)
-    if magnitude == 0 or abs(magnitude - 100) <= 100 * _NEARLY:
+    if magnitude == 0 or -100 * _NEARLY <= magnitude - 100 <= 100 * _ROUNDING:
         return f"{sign}{magnitude:.0f} %"
     if magnitude < 0.001:
         return f"> {sign}0.001 %" if sign else "< 0.001 %"
