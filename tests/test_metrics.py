@@ -561,7 +561,7 @@ def named(value: Any) -> str:
     ],
     ids=named,
 )
-@pytest.mark.parametrize("name", ["accuracy", "acc"])
+@pytest.mark.parametrize("name", ["accuracy", "acc", "Accuracy"])
 def test_accuracy_is_chosen_by_the_loss(name: str, loss: Any, kind: str, options: dict[str, Any]) -> None:
     found = shown(metrics.get(name, loss))
     assert (found["kind"], found["name"]) == (kind, name)

@@ -161,7 +161,7 @@ _KINDS: dict[tuple[str, ...], Callable[[str, Output | None], Metric]] = {
     ("rmse", "RMSE", "root_mean_squared_error", "RootMeanSquaredError"): _plain(RootMeanSquaredError),
 }
 _NAMES = {name: build for names, build in _KINDS.items() for name in names}
-_ACCURACY = ("accuracy", "acc")
+_ACCURACY = ("accuracy", "acc", "Accuracy")
 # Losses whose entries Keras takes the mean of under the same names.
 _OF_LOSSES = (
     losses.BinaryCrossentropy,
