@@ -471,6 +471,8 @@ def named_in_torchs_order(input, target):
         named_in_torchs_order,
         functools.partial(named_in_torchs_order),
         lambda y_hat, y: (y - y_hat).exp(),
+        lambda p, t: (t - p).exp(),
+        lambda out, labels: (labels - out).exp(),
     ],
 )
 def test_a_loss_whose_arguments_are_named_in_torchs_order_is_refused(own):

@@ -15,6 +15,8 @@ TARGETS = ("y_true", "true", "target", "targets", "label", "labels", "y", "gt", 
 OUTPUTS = (
     "y_pred",
     "y_hat",
+    "yhat",
+    "p",
     "pred",
     "preds",
     "prediction",
@@ -23,7 +25,13 @@ OUTPUTS = (
     "inputs",
     "output",
     "outputs",
+    "out",
+    "logit",
     "logits",
+    "score",
+    "scores",
+    "prob",
+    "probs",
 )
 """What people call the two arguments of a loss, in small letters."""
 
