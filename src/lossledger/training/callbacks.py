@@ -38,22 +38,8 @@ __all__ = [
 
 
 # How names end of numbers that get better when they fall: losses, errors, and metrics that are losses.
-_FALLING = (
-    *(
-        "loss",
-        "error",
-        "mae",
-        "mse",
-        "rmse",
-        "mape",
-        "msle",
-        "crossentropy",
-        "cross_entropy",
-        "bce",
-        "divergence",
-        "kld",
-    ),
-    *("hinge", "poisson", "logcosh", "log_cosh"),
+_FALLING = re.compile(
+    r"(loss|error|mae|r?mse|mape|msle|cross_?entropy|bce|divergence|kld|hinge|poisson|log_?cosh)(_\d+)?$"
 )
 
 
@@ -96,7 +82,7 @@ class _Monitor:
         if mode not in ("auto", "min", "max"):
             raise UnknownNameError(f"mode of {who}", mode, ("auto", "min", "max"))
         self.name, self.who = monitor, who
-        falls = re.sub(r"_\d+$", "", monitor.lower()).endswith(_FALLING)
+        falls = _FALLING.search(monitor.lower()) is not None
         self.sign = 1.0 if mode == "min" or (mode == "auto" and falls) else -1.0
         self.min_delta = abs(min_delta)
         self.best = math.inf

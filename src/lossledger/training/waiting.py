@@ -30,6 +30,8 @@ SMALL = 2**15
 LARGE = 2**21
 # Entries of such: with more of them a tally costs little beside its step, and those of many batches much memory.
 ENTRIES = 2**13
+# What is kept of smaller outputs is small enough to lie anywhere.
+PINS = 2**12
 TOGETHER = 64
 
 
@@ -95,7 +97,10 @@ class Waiting:
         if type(output) is not Tensor or output.numel() > SMALL:
             return None
         given = self._given(batch, output)
-        return None if given is None else Kept(given[0], self._own("output", output.detach()), *given[1:])
+        if given is None:
+            return None
+        kept = output.detach()
+        return Kept(given[0], kept if output.numel() <= PINS else self._own("output", kept), *given[1:])
 
     def pull(self, batch: Batch, output: Any) -> tuple[Kept, Pull] | None:
         """A batch of a step that may wait, with what to back-propagate now; else `None`."""
@@ -114,10 +119,13 @@ class Waiting:
         if found is None:
             return None
         if found.elements is None:
-            return Kept(given[0], self._own("output", detached), given[1], given[2]), found
+            kept = detached if output.numel() <= PINS else self._own("output", detached)
+            return Kept(given[0], kept, given[1], given[2]), found
         if self._outline is None or self._outline.shape != output.shape:
             self._outline = _outline(detached, output.shape)
-        elements = [self._own(position, one) for position, one in enumerate(found.elements)]
+        elements = found.elements
+        if output.numel() > PINS:
+            elements = [self._own(position, one) for position, one in enumerate(elements)]
         return Kept(given[0], self._outline, given[1], None, elements), found
 
     def _given(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
