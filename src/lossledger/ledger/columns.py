@@ -58,14 +58,6 @@ class Column:
         texts: NDArray[Any] = np.array([*self.names, ""], dtype=object)
         return texts.take(self.values)
 
-    def distinct(self) -> set[Any]:
-        """The different values as Python has them."""
-        import numpy as np
-
-        _, first = np.unique(self.values, return_index=True)
-        found = set(self.taken(first if self.missing is None else np.flatnonzero(~self.missing)).listed())
-        return found if self.missing is None or not self.missing.any() else found | {None}
-
     def among(self, accepted: Collection[Any]) -> NDArray[np.bool_]:
         """[N] Where the value is one of those accepted."""
         import numpy as np

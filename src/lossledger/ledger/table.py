@@ -209,7 +209,8 @@ def _check_names(records: Columns, name: str, kind: str, chosen: Iterable[Any]) 
         UnknownNameError: a value that is not.
     """
     of_kind = slice(None) if name in ("run", "term") else records["kind"].among((kind,)).nonzero()[0]
-    known = records[_column(name, kind)].taken(of_kind).distinct()
+    column = records[_column(name, kind)].taken(of_kind)
+    known = set(column.taken(grouped([column], len(column.values)).first).listed())
     for value in chosen:
         if known and value not in known:
             raise UnknownNameError(name, value, known)

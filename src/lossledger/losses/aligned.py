@@ -166,6 +166,15 @@ def detached(output: Tensor) -> Tensor:
     return found
 
 
+def of_labels(vector: Tensor, labels: Tensor) -> Tensor:
+    """The weight of each label, `[B, d…, 1]`, from those of the classes; a masked label may be any number.
+
+    >>> of_labels(torch.tensor([1.0, 5.0]), torch.tensor([1, -1])).tolist()
+    [[5.0], [1.0]]
+    """
+    return vector[labels.long().clamp(0, len(vector) - 1)].unsqueeze(-1)
+
+
 def fitted(class_weight: Tensor, shape: tuple[int, ...], y_true: Tensor, where: str) -> Tensor:
     """One class weight a label, `[B, d…, 1]`, on the values that a loss returned, `[B, d…, …]`; weights a column stay.
 

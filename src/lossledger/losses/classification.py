@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossledger.errors import InputError, InputTypeError
-from lossledger.losses.aligned import Aligned, Late, and_mask
+from lossledger.losses.aligned import Aligned, Late, and_mask, of_labels
 from lossledger.losses.elementwise import ElementLoss
 from lossledger.losses.prediction import Prediction, Space
 from lossledger.reduction import Reduction
@@ -416,8 +416,8 @@ class IntegerLabels(_CrossEntropy):
     def _class_weight(self, y_true: Tensor, y_pred: Tensor, class_weight: ClassWeight, where: str) -> Tensor:
         classes = self._classes(y_pred)
         vector = class_vector(class_weight, classes, where=where).to(y_true.device, non_blocking=True)
-        # A masked or ignored label may be any number; labels that count are checked for their range.
-        return vector[y_true.long().clamp(0, classes - 1)].unsqueeze(-1)
+        # Labels that count are checked for their range.
+        return of_labels(vector, y_true)
 
 
 class SparseCategoricalCrossentropy(IntegerLabels):

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lossledger.losses.aligned import Aligned
+from lossledger.losses.aligned import Aligned, of_labels
 from lossledger.losses.backward import entry_weight, multiply, scale_of
 from lossledger.losses.loss import Loss
 from lossledger.losses.prediction import Prediction
-from lossledger.weighting import ClassWeight, Weighting
+from lossledger.weighting import ClassWeight, Weighting, expand
 
 
 def has_closed_form(loss: Loss) -> bool:
@@ -41,17 +41,17 @@ class Plain:
     def gradient(
         self, y_true: Tensor, prediction: Prediction, sample_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        """As `closed_gradient`; the weights of samples are those of the leading axes of the targets."""
+        """As `closed_gradient`; `sample_weight` in any shape that alignment takes."""
         found = self.loss._slopes(Aligned(y_true, prediction, self.weighting, self.where))
         if found is None:
             return None
         elements, slopes = found
         # In the order of the aligned form: the same bits.
         scale: Tensor | float = self.scale
-        own = None if self.vector is None else self.vector[y_true.long()].unsqueeze(-1)
+        own = None if self.vector is None else of_labels(self.vector, y_true)
         if sample_weight is not None:
-            given = sample_weight.to(slopes.dtype)
-            given = given.reshape(*given.shape, *(1,) * (slopes.ndim - given.ndim))
+            shape = self.weighting.shape
+            given = expand(sample_weight.to(slopes.dtype), shape[:-1], shape[-1], f"{self.where}: sample_weight")
             scale = (given if own is None else given * own) * scale
         elif own is not None:
             scale = own * scale
@@ -65,7 +65,6 @@ def plain(
     output: Tensor,
     factor: float,
     class_weight: ClassWeight | None = None,
-    sample_weight: Tensor | None = None,
 ) -> Plain | None:
     """The plain case, if a batch was one: alignment left it as it was, and shapes alone divide.
 
@@ -76,7 +75,6 @@ def plain(
         output: of the model, as it was given.
         factor: λ.
         class_weight: those of the term, a vector for labels.
-        sample_weight: as it was given.
     """
     weights = batch.weighting
     same = batch.y_true is y_true and batch.prediction.raw is output and batch.late is None
@@ -90,8 +88,7 @@ def plain(
     if weights.weight is None:
         return Plain(loss, weights, batch.where, scale)
     labels = loss.one_element and y_true.shape == output.shape[:-1] and not y_true.is_floating_point()
-    leading = sample_weight is None or sample_weight.shape == y_true.shape[: sample_weight.ndim]
-    if not (labels and leading and isinstance(class_weight, Tensor | None)):
+    if not (labels and isinstance(class_weight, Tensor | None)):
         return None
     vector = None if class_weight is None else class_weight.to(output)
     return Plain(loss, Weighting(weights.shape), batch.where, scale, vector)

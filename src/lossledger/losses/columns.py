@@ -192,9 +192,9 @@ def backprop(
     flatly = given.prediction.map(lambda values: values.view(-1, size))
     split = by == "class" and loss.classes_are == "column"
     if mask is None and factor is None and rescale is None:
-        blocks, row = None, None if columns is None else row_of(columns * scale)
+        wide = None if columns is None else row_of(columns * scale)
     else:
-        blocks, row = blocks_of(gradient.new_ones(size) if columns is None else columns), None
+        wide = blocks_of(gradient.new_ones(size) if columns is None else columns)
     names = ("numerator", "total", "numerator present", "total present", "count present", "weight present")
     sums, heavy, safe = {name: Sums(size) for name in names}, [], False
     beside = Beside(by, loss, batch) if isinstance(by, grouping.AndSamples) else None
@@ -217,12 +217,7 @@ def backprop(
                 return None
             elements = closed[0]
             summed = sums["numerator"].add(mine, elements)
-            if numerator is not None and blocks is not None:
-                torch.mul(closed[1], spread(numerator * scale, blocks, scratch.passing(elements)), out=out)
-            elif row is not None:
-                times_row(closed[1], row, out)
-            else:
-                torch.mul(closed[1], scale, out=out)
+            _multiply(closed[1], numerator, wide, scale, out, scratch)
             # A number of the processor is read without waiting. Elements can be finite where derivatives are not.
             if isfinite(float(summed.sum())) and (mask is None or isfinite(float(out.sum()))):
                 break
@@ -247,6 +242,28 @@ def backprop(
     if beside is not None:
         beside.leave()
     return _tally(loss, batch, wholes(sums), sum(heavy) if factor is not None else None, by)
+
+
+def _multiply(
+    slopes: Tensor, weights: Tensor | None, wide: Tensor | None, scale: Any, out: Tensor, scratch: Scratch
+) -> None:
+    """Derivatives × what weighs them, in `out`.
+
+    Args:
+        slopes: `[N, C]`.
+        weights: of entries, `[N]`.
+        wide: of columns, as `spread` takes them; without weights of entries as `times_row` does, times the scale.
+        scale: multiplies all.
+        out: may be the slopes.
+        scratch: buffers of a part.
+    """
+    if weights is not None:
+        assert wide is not None
+        torch.mul(slopes, spread(weights * scale, wide, scratch.passing(slopes)), out=out)
+    elif wide is not None:
+        times_row(slopes, wide, out)
+    else:
+        torch.mul(slopes, scale, out=out)
 
 
 def _add_present(sums: dict[str, Sums], over: dict[str, Tensor | None], inside: Tensor, elements: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lossledger import reduction as reductions
 from lossledger.errors import InputError, InputTypeError
-from lossledger.losses.aligned import Aligned, Late, and_mask
+from lossledger.losses.aligned import Aligned, Late, and_mask, of_labels
 from lossledger.losses.arguments import check_order
 from lossledger.losses.loss import Loss
 from lossledger.reduction import Reduction
@@ -211,8 +211,7 @@ class TorchLoss(Loss):
             return super()._class_weight(y_true, y_pred, class_weight, where)
         # One a class of the output, so that a class which it does not have is refused.
         vector = class_vector(class_weight, y_pred.shape[1], where=where).to(y_pred.device, non_blocking=True)
-        labels = y_true.argmax(1) if y_true.ndim == y_pred.ndim else y_true.long()
-        return vector[labels.clamp(0, len(vector) - 1)].unsqueeze(-1)
+        return of_labels(vector, y_true.argmax(1) if y_true.ndim == y_pred.ndim else y_true)
 
     def _safe(self, y_true: Tensor, y_pred: Tensor, weights: Weighting) -> tuple[Tensor, Tensor]:
         assert weights.mask is not None

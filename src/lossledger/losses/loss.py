@@ -21,7 +21,7 @@ from lossledger import reduction as reductions
 from lossledger.errors import InputError, InputTypeError
 from lossledger.losses import backward
 from lossledger.losses import groups as grouping
-from lossledger.losses.aligned import Aligned, Late, detached, fitted, select_leading, with_carried
+from lossledger.losses.aligned import Aligned, Late, detached, fitted, of_labels, select_leading, with_carried
 from lossledger.losses.arguments import arguments, dtype_of, snake_case
 from lossledger.losses.expression import Expression, factor_of
 from lossledger.losses.prediction import Prediction, Space
@@ -340,7 +340,7 @@ class Loss:
         elif not isinstance(class_weight, Mapping):
             class_weight = dict(enumerate(map(float, class_weight)))
         vector = class_vector(class_weight, classes, where=where).to(labels.device, non_blocking=True)
-        return vector[labels.long().clamp(0, classes - 1)].unsqueeze(-1)
+        return of_labels(vector, labels)
 
     def _check(self, y_true: Tensor, y_pred: Tensor, where: str) -> None:
         """Checks that read values (label range, probabilities), after masked elements have become harmless."""

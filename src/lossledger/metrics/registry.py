@@ -57,7 +57,7 @@ def read_output(loss: Loss | Expression | None) -> Output | None:
         >>> read_output(losses.BinaryCrossentropy(from_logits=True) + losses.Dice(from_logits="sigmoid"))
         Output(target='columns', logits=True, axis=-1, ignore_class=None)
     """
-    terms = [part for _, part in loss] if isinstance(loss, Expression) else [] if loss is None else [loss]
+    terms = _terms_of(loss)
     overlaps = [part for part in terms if _is_overlap(part)]
     others = [part for part in terms if not _is_overlap(part)]
     for parts in (others, overlaps):
@@ -65,6 +65,12 @@ def read_output(loss: Loss | Expression | None) -> Output | None:
         if found:
             return found.pop() if len(found) == 1 else None
     return None
+
+
+def _terms_of(loss: Loss | Expression | None) -> list[Loss]:
+    if loss is None:
+        return []
+    return [part for _, part in loss] if isinstance(loss, Expression) else [loss]
 
 
 def _is_overlap(loss: Loss) -> bool:
@@ -113,8 +119,7 @@ def _accuracy(name: str, loss: Loss | Expression | None) -> Metric:
 
 def _only_overlaps(loss: Loss | Expression | None) -> bool:
     """Whether nothing but an overlap loss tells of the output."""
-    terms = [part for _, part in loss] if isinstance(loss, Expression) else [loss]
-    return all(_is_overlap(part) or _read_term(part) is None for part in terms if part is not None)
+    return all(_is_overlap(part) or _read_term(part) is None for part in _terms_of(loss))
 
 
 def _binary(name: str, output: Output | None) -> Metric:
@@ -204,11 +209,10 @@ _OF_KERAS = {
 
 def _of_loss(name: str, kind: type[Loss], loss: Loss | Expression | None) -> Metric:
     """The mean of the entries of a loss, of the output as the given loss reads it."""
-    terms = [part for _, part in loss] if isinstance(loss, Expression) else [] if loss is None else [loss]
     output, takes = read_output(loss), arguments(kind.__init__)
     known: dict[str, Any] = {}
     if "from_logits" in takes:
-        known["from_logits"] = any(map(_reads_logits, terms))
+        known["from_logits"] = any(map(_reads_logits, _terms_of(loss)))
     if output is not None:
         known |= {n: getattr(output, n) for n in ("axis", "ignore_class") if n in takes}
     return MeanOfLoss(kind(**known), name)

@@ -69,7 +69,7 @@ class Closed:
         terms, shared = self._objective.terms, False
         batches, _, _ = self._objective.align(y_true, output, sample_weight, mask, checked=True)
         if mask is None:
-            self._plain = self._common(batches, y_true, output, sample_weight)
+            self._plain = self._common(batches, y_true, output)
             shared = self._plain is not None
         if plainly and not shared:
             return None
@@ -77,13 +77,11 @@ class Closed:
             found.append(closed_gradient(term.loss, batch, term.coefficient))
         return self._joined(found, output, shared)
 
-    def _common(
-        self, batches: list[Aligned], y_true: Tensor, output: Tensor, sample_weight: Tensor | None
-    ) -> list[Plain] | None:
+    def _common(self, batches: list[Aligned], y_true: Tensor, output: Tensor) -> list[Plain] | None:
         found = []
         for term, batch in zip(self._objective.terms, batches, strict=True):
             classes = self._objective._class_weight(term, output)
-            one = plain(term.loss, batch, y_true, output, term.coefficient, classes, sample_weight)
+            one = plain(term.loss, batch, y_true, output, term.coefficient, classes)
             if one is None:
                 return None
             found.append(one)

@@ -80,12 +80,13 @@ def balance_sentence(verdict: Verdict) -> str:
     Args:
         verdict: of a run.
     """
-    rest = ""
+    unchecked = ""
     if verdict.unchecked:
         of_them = f"{verdict.unchecked:,} {'sum is' if verdict.unchecked == 1 else 'sums are'}"
-        rest = f" {of_them} NaN or infinite and cannot be checked."
+        unchecked = f"{of_them} NaN or infinite and cannot be checked."
     if not verdict.sums:
-        return rest.lstrip() or "There are no entries by group to check against the loss."
+        return unchecked or "There are no entries by group to check against the loss."
+    rest = f" {unchecked}" if unchecked else ""
     sums = f"{verdict.sums:,} {'sum' if verdict.sums == 1 else 'sums'}"
     if not verdict.imbalances:
         return f"The books balance: the entries by group add up to the printed loss in each of {sums}.{rest}"

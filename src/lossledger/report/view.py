@@ -234,10 +234,11 @@ def _verdict(ledger: Ledger, splits: list[str], final: list[Row], tables: Sequen
     split, epoch = final[0].split, final[0].epoch
     whole = [row for row in final if row.kind == "term"]
     loss = ledger.loss(split, epoch)
-    terms = ((r, math.isfinite(r.contribution)) for r in ledger.rows if r.kind == "term")
+    rows = ledger.rows
+    terms = [row for row in rows if row.kind == "term"]
     # Of what is NaN or infinite no sum can be checked.
-    endless = {(r.split, r.epoch, r.step, r.term) for r, finite in terms if not finite}
-    grouped = {((r.split, r.epoch, r.step, r.term), r.kind) for r in ledger.rows if r.kind != "term"}
+    endless = {(r.split, r.epoch, r.step, r.term) for r in terms if not math.isfinite(r.contribution)}
+    grouped = {((r.split, r.epoch, r.step, r.term), r.kind) for r in rows if r.kind != "term"}
     return Verdict(
         split=split,
         epoch=epoch,
@@ -248,7 +249,7 @@ def _verdict(ledger: Ledger, splits: list[str], final: list[Row], tables: Sequen
         unchecked=sum(where in endless for where, _ in grouped),
         imbalances=tuple(ledger.balance()),
         hidden=_hidden(tables, whole, loss),
-        nonfinite=sum(row.nonfinite for row in ledger.rows if row.kind == "term" and row.step is None),
+        nonfinite=sum(row.nonfinite for row in terms if row.step is None),
     )
 
 
